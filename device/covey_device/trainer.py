@@ -1,0 +1,233 @@
+"""Trains a plan on this device's data: parameters in, one weighted update out.
+
+Work ends at the first of its bounds (see `budget`), or when asked to stop; an early end still
+gives a valid update, weighted by the examples that were really trained on. What is not fit to be
+sent (nothing trained, NaN, out of memory) raises TrainingError, and the device declines the round.
+Masking, signing and sending live in `covey_shared`; here nothing leaves the device.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from covey_device.budget import Budget, Clock, Meter, ResidentBytes, resident_bytes
+from covey_device.data import DataConfig, DataSource, batches, open_source
+from covey_shared.errors import LocalProtocolError, TrainingError
+from covey_shared.layout import Flat
+from covey_shared.plan import PlanHeader
+from covey_shared.runtime import TrainStep
+
+Array = NDArray[Any]
+StoppedBy = Literal["batches", "seconds", "memory", "stop"]
+
+
+class Step(Protocol):
+    """One training step; `covey_shared.runtime.TrainStep` runs a plan's."""
+
+    def load(self, parameters: Flat) -> None:
+        """Start from these parameters, optimiser state zero."""
+        ...
+
+    def step(self, features: Array, labels: Array, hyper: Mapping[str, float]) -> float:
+        """Train on one batch; return its mean loss, taken before the update."""
+        ...
+
+    def parameters(self) -> Flat:
+        """A copy of the current parameters: float32[n_params]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a round asks for, within what the device allows.
+
+    hyper: sets hyper-parameters of the plan; those it leaves out keep the plan's defaults.
+    max_resident_bytes: of the whole process.
+    """
+
+    batches: int
+    batch_size: int
+    max_seconds: float
+    max_resident_bytes: int
+    hyper: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that make no sense; the same for the bounds."""
+        if self.batch_size < 1:
+            raise LocalProtocolError(f"batch_size must be at least 1, not {self.batch_size}")
+        _ = self.budget
+
+    @property
+    def budget(self) -> Budget:
+        """The three bounds."""
+        return Budget(self.batches, self.max_seconds, self.max_resident_bytes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainResult:
+    """One update.
+
+    delta: float32[n_params], parameters after minus before. examples: trained on, counted once per
+    batch they were in; the update's weight. loss: mean over those examples, each taken before its
+    batch's update.
+    """
+
+    delta: Flat
+    examples: int
+    batches: int
+    loss: float
+    stopped_by: StoppedBy
+    seconds: float
+
+
+class Trainer:
+    """A plan's step and this device's data, for any number of rounds."""
+
+    def __init__(
+        self,
+        step: Step,
+        source: DataSource,
+        header: PlanHeader,
+        *,
+        resident: ResidentBytes = resident_bytes,
+    ) -> None:
+        """header: of the plan that `step` runs and `source` was opened for."""
+        self._step, self._source, self._header = step, source, header
+        self._resident = resident
+
+    @property
+    def n_examples(self) -> int:
+        """Examples that this device has."""
+        return self._source.n_examples
+
+    def train(
+        self,
+        parameters: Flat,
+        work: Work,
+        *,
+        clock: Clock,
+        rng: np.random.Generator,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> TrainResult:
+        """Train from `parameters` (float32[n_params], left as they are) within the work's bounds.
+
+        clock: seconds, from any origin. rng: orders the examples. stop: asked before each batch;
+        True ends training as a bound does.
+        Raises TrainingError if there is no usable update, DataError if the source fails.
+        """
+        hyper = self._hyper(work)
+        slot = self._non_finite(parameters)
+        if slot is not None:
+            raise TrainingError(
+                f"the model of this round is not finite, first in slot {slot!r}: the device "
+                "declines the round; the coordinator has to go back to an earlier model"
+            )
+        meter = Meter(work.budget, clock=clock, resident=self._resident)
+        try:
+            return self._train(parameters, work, hyper, meter, rng, stop)
+        except MemoryError as error:
+            raise TrainingError(
+                f"out of memory after {meter.batches} of {work.batches} batches: the device declines "
+                f"the round; use a batch_size below {work.batch_size}, or free memory"
+            ) from error
+
+    def _train(
+        self,
+        parameters: Flat,
+        work: Work,
+        hyper: Mapping[str, float],
+        meter: Meter,
+        rng: np.random.Generator,
+        stop: Callable[[], bool],
+    ) -> TrainResult:
+        self._step.load(parameters)
+        supply = batches(self._source, work.batch_size, rng)
+        examples, loss_sum = 0, 0.0
+        stopped_by: StoppedBy | None
+        while (stopped_by := meter.reached() or ("stop" if stop() else None)) is None:
+            features, labels = next(supply)
+            loss = self._step.step(features, labels, hyper)
+            if not math.isfinite(loss):
+                after = self._step.parameters()
+                raise self._diverged(f"the loss is {loss}", after, meter.batches + 1, work)
+            examples += len(labels)
+            loss_sum += loss * len(labels)
+            meter.batch_done()
+        if examples == 0:
+            raise TrainingError(
+                f"no batch was trained: {self._why_none(stopped_by, work)}; the device declines "
+                "the round"
+            )
+        delta = self._step.parameters()
+        # In place: `parameters()` is a copy already. A non-finite parameter leaves a non-finite
+        # difference, so one search covers both.
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.subtract(delta, parameters, out=delta)
+        if self._non_finite(delta) is not None:
+            raise self._diverged("the update is not finite", delta, meter.batches, work)
+        return TrainResult(
+            delta=delta,
+            examples=examples,
+            batches=meter.batches,
+            loss=loss_sum / examples,
+            stopped_by=stopped_by,
+            seconds=meter.seconds,
+        )
+
+    def _hyper(self, work: Work) -> dict[str, float]:
+        """All hyper-parameters of the plan, those of the round first."""
+        hyper = {spec.name: spec.default for spec in self._header.hyperparameters}
+        for name, value in work.hyper.items():
+            if name not in hyper:
+                raise TrainingError(
+                    f"the round sets hyper-parameter {name!r}, which plan {self._header.name!r} "
+                    f"does not have (it has {sorted(hyper)}): the device declines the round"
+                )
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the round sets hyper-parameter {name!r} to {value}: the device declines it"
+                )
+            hyper[name] = value
+        return hyper
+
+    def _non_finite(self, flat: Flat) -> str | None:
+        """Name of the first slot with a NaN or an infinity. Slot by slot: no large temporary."""
+        for name, view in self._header.layout.views(flat).items():
+            if not np.isfinite(view).all():
+                return name
+        return None
+
+    def _diverged(self, what: str, flat: Flat, batch: int, work: Work) -> TrainingError:
+        slot = self._non_finite(flat)
+        where = "all slots are finite" if slot is None else f"first non-finite slot {slot!r}"
+        return TrainingError(
+            f"{what} in batch {batch} of {work.batches} ({where}): the device declines the round; "
+            "lower the learning rate, or check the scale of the data"
+        )
+
+    def _why_none(self, stopped_by: StoppedBy, work: Work) -> str:
+        if stopped_by == "seconds":
+            return f"max_seconds of {work.max_seconds:g} s was over before the first batch"
+        if stopped_by == "memory":
+            return (
+                f"the process already holds {self._resident() / 1e6:.0f} MB, max_resident_bytes "
+                f"allows {work.max_resident_bytes / 1e6:.0f} MB; raise it, or free memory"
+            )
+        return "it was asked to stop before the first batch"
+
+
+def load_trainer(
+    header: PlanHeader, train_graph: bytes, config: DataConfig, base: Path, threads: int = 1
+) -> Trainer:
+    """A trainer on onnxruntime and the configured data.
+
+    train_graph: the bytes that the header names. base: the configuration file's folder. The data
+    comes first: its mistakes are the likelier ones, and cost less to find.
+    """
+    source = open_source(config, header, base=base)
+    return Trainer(TrainStep(header, train_graph, threads=threads), source, header)
