@@ -1,1 +1,1 @@
-"""x"""
+"""The coordinator: calls rounds, relays, sums, averages, and goes on."""

@@ -12,7 +12,7 @@ import hashlib
 from covey_shared import keys, sharing, wire
 from covey_shared.errors import LocalProtocolError, RefusedError
 from covey_shared.fixedpoint import pack
-from covey_shared.keys import Rng, SigningKey
+from covey_shared.keys import AgreementKey, Rng, SigningKey
 from covey_shared.masking import Ring, add_masks, pair_mask_key, self_mask_key
 from covey_shared.messages import (
     CheckIn,
@@ -55,7 +55,8 @@ class Participant:
         self._rng = rng
         self._b = rng(keys.SEED_BYTES)
         self._s = rng(keys.SEED_BYTES)
-        self._mask_key = keys.mask_key(self._s)
+        mask_key = keys.mask_key(self._s)
+        self._mask_key: AgreementKey | None = mask_key
         # c, the seal key's seed, is never shared: nobody else may open this device's boxes.
         self.seal_key = keys.seal_key(rng(keys.SEED_BYTES))
         self.check_in: Signed[CheckIn] = wire.sign(
@@ -65,7 +66,7 @@ class Participant:
                 round=call.round,
                 device=device,
                 certificate=certificate,
-                pk_mask=self._mask_key.public,
+                pk_mask=mask_key.public,
                 pk_seal=self.seal_key.public,
                 self_mask_commitment=keys.self_mask_commitment(self._b),
             ),
@@ -129,10 +130,10 @@ class Participant:
 
         ring: lane[n_coordinates], overwritten. Returns the signed digest and the packed payload.
         """
-        cohort, roster = self._cohort(), self.roster
+        cohort, roster, mask_key = self._cohort(), self.roster, self._mask_key
         if roster is None:
             raise LocalProtocolError("an update cannot be masked before the roster stands")
-        if self._masked:
+        if self._masked or mask_key is None:
             raise LocalProtocolError("this round's update was masked already")
         self._masked = True
         plus: list[bytes] = [self_mask_key(self._b, cohort.h, self.device)]
@@ -140,7 +141,7 @@ class Participant:
         for peer in cohort.peers:
             if peer.index == self.index or peer.index not in roster:
                 continue
-            key = pair_mask_key(self._mask_key, peer.pk_mask, cohort.h, self.device, peer.device)
+            key = pair_mask_key(mask_key, peer.pk_mask, cohort.h, self.device, peer.device)
             (plus if self.index < peer.index else minus).append(key)
         add_masks(ring, plus, minus)
         payload = pack(ring, cohort.head.bits)
@@ -161,7 +162,7 @@ class Participant:
     def forget(self) -> None:
         """Drop the seeds. Python cannot wipe memory, but nothing refers to them any longer."""
         self._b = self._s = b""
-        del self._mask_key
+        self._mask_key = None
         self._masked = True
 
     def _cohort(self) -> Cohort:

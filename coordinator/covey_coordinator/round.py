@@ -1,0 +1,700 @@
+"""One round as a phase table, without I/O.
+
+Bytes, completed uploads, presence hints and the clock come in, actions come out. A phase ends when
+everyone it waits for has answered, when everyone *present* has and a short grace is over, or at its
+deadline. What a phase then has decides: the next phase, or an abandoned round with a reason.
+
+Duplicates are harmless: the same bytes again change nothing, other bytes in their place are
+equivocation, reported and ignored. Unanswered messages are repeated every `resend_s`.
+"""
+
+import enum
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+from covey_shared import keys, wire
+from covey_shared.errors import LocalProtocolError, RefusedError
+from covey_shared.fixedpoint import Encoding, pack
+from covey_shared.keys import AgreementKey, Rng, SigningKey
+from covey_shared.masking import Ring
+from covey_shared.messages import (
+    MAX_COHORT,
+    MAX_REASON_CHARS,
+    CheckIn,
+    Decline,
+    Delivery,
+    DeviceId,
+    Head,
+    Manifest,
+    MaskedUpdate,
+    Message,
+    Result,
+    Reveal,
+    Roster,
+    RosterVote,
+    RoundAbandoned,
+    RoundCall,
+    Shares,
+    View,
+    ViewProposal,
+    ViewVote,
+    Work,
+)
+from covey_shared.secagg import rules
+from covey_shared.secagg.aggregator import Aggregator, NotEnoughSharesError
+from covey_shared.secagg.cohort import Cohort, Trust, check_ins_digest
+from covey_shared.secagg.parameters import PRG, parameters_for
+from covey_shared.wire import Signed
+
+
+class Phase(enum.Enum):
+    """Where a round stands."""
+
+    GATHER = "gather"  # the call is out; check-ins come
+    SHARE = "share"  # the manifest is out; boxes of shares come
+    ROSTER = "roster"  # boxes are delivered; votes for the roster come
+    COLLECT = "collect"  # the roster is out; masked updates come
+    VIEW = "view"  # the view is proposed; votes for it come
+    UNMASK = "unmask"  # the view stands; shares come
+    DONE = "done"
+    ABANDONED = "abandoned"
+
+
+class Event(enum.Enum):
+    """How a phase ends."""
+
+    ENOUGH = "enough"
+    TOO_FEW = "too few"
+
+
+_P = Phase
+_ORDER = list(Phase)
+TRANSITIONS: dict[Phase, dict[Event, Phase]] = {
+    _P.GATHER: {Event.ENOUGH: _P.SHARE, Event.TOO_FEW: _P.ABANDONED},
+    _P.SHARE: {Event.ENOUGH: _P.ROSTER, Event.TOO_FEW: _P.ABANDONED},
+    _P.ROSTER: {Event.ENOUGH: _P.COLLECT, Event.TOO_FEW: _P.ABANDONED},
+    _P.COLLECT: {Event.ENOUGH: _P.VIEW, Event.TOO_FEW: _P.ABANDONED},
+    _P.VIEW: {Event.ENOUGH: _P.UNMASK, Event.TOO_FEW: _P.ABANDONED},
+    _P.UNMASK: {Event.ENOUGH: _P.DONE, Event.TOO_FEW: _P.ABANDONED},
+    _P.DONE: {},
+    _P.ABANDONED: {},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSpec:
+    """Everything about a round that is settled before it opens.
+
+    goal: updates that are enough. over_selection: how many more devices are chosen, as a fraction,
+    so that the goal is met without the slowest. n_min: fewest devices in a sum. Durations in
+    seconds: of each phase, between repeats, and how long an absent device is waited for.
+    """
+
+    call: RoundCall
+    n_params: int
+    work: Work
+    goal: int
+    over_selection: float = 0.0
+    value_bits: int = 16
+    clip: float = 1.0
+    metric_clips: tuple[float, ...] = ()
+    w_max: int = 1000
+    share_s: float = 30.0
+    collect_s: float = 600.0
+    unmask_s: float = 30.0
+    resend_s: float = 5.0
+    absent_grace_s: float = 3.0
+
+    @property
+    def cohort_limit(self) -> int:
+        """Most devices that are chosen."""
+        return min(
+            MAX_COHORT, max(self.call.n_min, math.ceil(self.goal * (1 + self.over_selection)))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Send to all devices, or to one; retain: the broker keeps it (the call)."""
+
+    message: Signed[Message]
+    to: DeviceId | None = None
+    retain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """Accept chunks of this device's upload; hand the whole to `Round.uploaded`."""
+
+    device: DeviceId
+    h: bytes
+    payload: bytes
+    payload_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A device broke a rule, as far as the protocol can tell; for the log and the registry."""
+
+    device: DeviceId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The round entered a phase; for the progress view and the log."""
+
+    phase: Phase
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The exact sum of the survivors' encoded updates. Answer with `Round.publish_result`."""
+
+    ring_sum: Ring = field(repr=False)
+    encoding: Encoding
+    survivors: tuple[DeviceId, ...]
+    dropped: tuple[DeviceId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """The round ended without a sum. after_uploads: some device may have sent its update."""
+
+    reason: str
+    after_uploads: bool
+    blamed: tuple[DeviceId, ...] = ()
+
+
+Action = Publish | Expect | Fault | Moved | Completed | Abandoned
+
+
+class Round:
+    """The coordinator's side of one round.
+
+    trust: the fleet's public keys. key: the coordinator's signing key. admit: (device, identity) ->
+    why it may not take part, or None. present: devices online as far as is known.
+    """
+
+    def __init__(
+        self,
+        spec: RoundSpec,
+        trust: Trust,
+        key: SigningKey,
+        *,
+        rng: Rng,
+        present: frozenset[DeviceId],
+        admit: Callable[[DeviceId, bytes], str | None] = lambda device, identity: None,
+    ) -> None:
+        self.spec = spec
+        self._trust = trust
+        self._key = key
+        self._rng = rng
+        self._admit = admit
+        self._present = set(present)
+        self.phase = Phase.GATHER
+        self._entered = self._last_sent = 0.0
+        self._reveal_key = AgreementKey(rng(32))
+        self._check_ins: dict[DeviceId, Signed[CheckIn]] = {}
+        self._declined: dict[DeviceId, str] = {}
+        self.cohort: Cohort | None = None
+        self._shares: dict[int, Signed[Shares]] = {}
+        self.roster: frozenset[int] = frozenset()
+        self._roster_votes: dict[int, Signed[RosterVote]] = {}
+        self._updates: dict[int, Signed[MaskedUpdate]] = {}
+        self._aggregator: Aggregator | None = None
+        self.view: frozenset[int] = frozenset()
+        self._view_votes: dict[int, Signed[ViewVote]] = {}
+        self._reveals: dict[int, Signed[Reveal]] = {}
+        self._standing: list[Publish] = []  # what the phase keeps repeating to who has not answered
+        self._unmask_problem: NotEnoughSharesError | None = None
+
+    # -- what happens -----------------------------------------------------------------------------
+
+    def open(self, now: float) -> list[Action]:
+        """Call the round."""
+        self._entered = self._last_sent = now
+        self._standing = [Publish(wire.sign(self.spec.call, self._key), retain=True)]
+        return [*self._standing, Moved(Phase.GATHER, f"{len(self._present)} devices present")]
+
+    def receive(self, data: bytes, sender: DeviceId, now: float, now_unix: int) -> list[Action]:
+        """One message from a device's outbox. sender: the topic's device, which must match.
+
+        Raises RemoteProtocolError, with nothing changed, for what is not a sound message of this
+        round by that device.
+        """
+        signed = wire.decode(data)
+        message = signed.message
+        match message:
+            case CheckIn():
+                actions = self._check_in(Signed(message, signed.envelope), sender, now_unix)
+            case Decline():
+                actions = self._decline(Signed(message, signed.envelope), sender)
+            case Shares() | RosterVote() | MaskedUpdate() | ViewVote() | Reveal():
+                actions = self._in_cohort(signed, sender)
+            case _:
+                raise RefusedError(f"a {message.LABEL} is not for the coordinator", sender=sender)
+        return actions + self._advance(now, now_unix)
+
+    def uploaded(self, device: DeviceId, payload: bytes, now: float, now_unix: int) -> list[Action]:
+        """The whole of an expected upload, its digest checked. Late ones are dropped."""
+        cohort, aggregator = self.cohort, self._aggregator
+        if self.phase is not Phase.COLLECT or cohort is None or aggregator is None:
+            return []
+        index = cohort.index_of(device)
+        if index not in aggregator.added:
+            aggregator.add(index, payload)
+        return self._advance(now, now_unix)
+
+    def presence(self, device: DeviceId, online: bool, now: float, now_unix: int) -> list[Action]:
+        """A hint that a device came or went. Nothing but waiting times hangs on it."""
+        (self._present.add if online else self._present.discard)(device)
+        return self._advance(now, now_unix)
+
+    def tick(self, now: float, now_unix: int) -> list[Action]:
+        """Time passes: deadlines, grace periods, repeats. Call it a few times a second."""
+        actions = self._advance(now, now_unix)
+        if not self.over and now - self._last_sent >= self.spec.resend_s:
+            self._last_sent = now
+            answered = self._answered_names()
+            actions += [p for p in self._standing if p.to is None or p.to not in answered]
+        return actions
+
+    def abandon(self, reason: str) -> list[Action]:
+        """Give the round up, for a reason outside of it."""
+        return [] if self.over else self._abandon(reason)
+
+    def publish_result(self, next_model: bytes, ring_sum: Ring) -> list[Action]:
+        """Tell everyone how the round ended. next_model: the hash of the model it led to."""
+        cohort = self.cohort
+        if self.phase is not Phase.DONE or cohort is None:
+            raise LocalProtocolError("only a completed round has a result")
+        call = self.spec.call
+        result = Result(
+            h=cohort.h,
+            fleet=call.fleet,
+            run=call.run,
+            round=call.round,
+            u3=cohort.bitmap(self.view),
+            votes=self._quorum(self._view_votes),
+            ring_sum=hashlib.sha256(pack(ring_sum, cohort.head.bits)).digest(),
+            next_model=next_model,
+        )
+        return [Publish(wire.sign(result, self._key))]
+
+    @property
+    def over(self) -> bool:
+        """Done or abandoned."""
+        return not TRANSITIONS[self.phase]
+
+    @property
+    def declined(self) -> dict[DeviceId, str]:
+        """Who left, and why."""
+        return dict(self._declined)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """(answers, awaited) of the current phase, for people."""
+        return len(self._answered_names()), len(self._awaited_names())
+
+    # -- messages ---------------------------------------------------------------------------------
+
+    def _check_in(self, signed: Signed[CheckIn], sender: DeviceId, now_unix: int) -> list[Action]:
+        check_in = signed.message
+        call = self.spec.call
+        self._refuse_other_sender(check_in.device, sender)
+        if (check_in.run, check_in.round) != (call.run, call.round):
+            raise RefusedError(f"{sender} checks in to another round")
+        before = self._check_ins.get(sender)
+        if before is not None and before.envelope == signed.envelope:
+            return []
+        _, identity = rules.verified_check_in(signed.envelope, self._trust, now_unix)
+        if (reason := self._admit(sender, identity)) is not None:
+            raise RefusedError(f"{sender} may not take part: {reason}", sender=sender)
+        if before is not None:
+            return [Fault(sender, "two different check-ins for one round: equivocation")]
+        if self.phase is Phase.GATHER:
+            self._declined.pop(sender, None)
+            self._check_ins[sender] = signed
+            self._present.add(sender)
+        return []
+
+    def _decline(self, signed: Signed[Decline], sender: DeviceId) -> list[Action]:
+        decline = signed.message
+        call = self.spec.call
+        self._refuse_other_sender(decline.device, sender)
+        if (decline.run, decline.round) != (call.run, call.round):
+            raise RefusedError(f"{sender} declines another round")
+        known = self._check_ins.get(sender)
+        if known is not None:
+            _, identity = rules.verified_check_in(known.envelope, self._trust, 0)
+            signed.check(identity, signer=sender)
+        # Before its check-in nothing vouches for a decline; all it can do is save us waiting.
+        self._declined[sender] = decline.reason
+        return []
+
+    def _in_cohort(self, signed: Signed[Message], sender: DeviceId) -> list[Action]:
+        cohort, message = self.cohort, signed.message
+        if cohort is None or getattr(message, "h", None) != cohort.h:
+            raise RefusedError(f"a {message.LABEL} of another round or manifest", sender=None)
+        index = cohort.index_of(sender)
+        self._refuse_other_sender(
+            getattr(message, "device", None) or getattr(message, "member", None), sender
+        )
+        store, phase = self._store_of(message)
+        if _ORDER.index(self.phase) > _ORDER.index(phase):
+            return []  # late, because a quorum was enough without it: harmless
+        if self.phase is not phase:
+            raise RefusedError(
+                f"a {message.LABEL} while the round is in phase {self.phase.value}", sender=sender
+            )
+        before = store.get(index)
+        if before is not None and before.envelope == signed.envelope:
+            return []
+        signed.check(cohort.peers[index].identity, signer=sender)
+        if before is not None:
+            return [
+                Fault(
+                    sender, f"two different messages ({message.LABEL}) in one round: equivocation"
+                )
+            ]
+        actions = self._verified(cohort, index, signed)
+        store[index] = signed
+        return actions
+
+    def _store_of(self, message: Message) -> tuple[dict[int, Signed[Message]], Phase]:
+        """Where messages of this kind are kept, and the phase that wants them."""
+        stores: dict[type[Message], tuple[object, Phase]] = {
+            Shares: (self._shares, Phase.SHARE),
+            RosterVote: (self._roster_votes, Phase.ROSTER),
+            MaskedUpdate: (self._updates, Phase.COLLECT),
+            ViewVote: (self._view_votes, Phase.VIEW),
+            Reveal: (self._reveals, Phase.UNMASK),
+        }
+        store, phase = stores[type(message)]
+        return cast(dict[int, Signed[Message]], store), phase
+
+    def _verified(self, cohort: Cohort, index: int, signed: Signed[Message]) -> list[Action]:
+        """What is particular to each kind, after sender, round and signature are right."""
+        match signed.message:
+            case Shares() as shares:
+                if len(shares.boxes) != cohort.n:
+                    raise RefusedError(
+                        f"{shares.device} sent {len(shares.boxes)} boxes; the committee has "
+                        f"{cohort.n} members",
+                        sender=shares.device,
+                    )
+            case RosterVote() as vote:
+                rules.verified_roster_vote(cohort, Signed(vote, signed.envelope))
+                if vote.u2 != cohort.bitmap(self.roster):
+                    raise RefusedError(
+                        f"{vote.member} votes for another roster", sender=vote.member
+                    )
+            case MaskedUpdate() as update:
+                encoding = cohort.encoding
+                if index not in self.roster or update.u2 != cohort.bitmap(self.roster):
+                    raise RefusedError(f"{update.device} masked for another roster")
+                if update.payload_bytes != encoding.payload_bytes:
+                    raise RefusedError(
+                        f"{update.device} announces {update.payload_bytes} bytes; an update of this "
+                        f"round has {encoding.payload_bytes}",
+                        sender=update.device,
+                    )
+                return [Expect(update.device, cohort.h, update.payload, update.payload_bytes)]
+            case ViewVote() as vote:
+                rules.verified_view_vote(cohort, Signed(vote, signed.envelope))
+                if vote.u3 != cohort.bitmap(self.view) or vote.u2 != cohort.bitmap(self.roster):
+                    raise RefusedError(f"{vote.member} votes for another view", sender=vote.member)
+            case Reveal() as reveal:
+                if self._aggregator is None:
+                    raise LocalProtocolError("a reveal before there is a sum")
+                self._aggregator.add_reveal(
+                    Signed(reveal, signed.envelope), cohort.bitmap(self.view)
+                )
+        return []
+
+    @staticmethod
+    def _refuse_other_sender(named: object, sender: DeviceId) -> None:
+        if named != sender:
+            raise RefusedError(f"a message that names {named} came from {sender}'s topic")
+
+    # -- phases -----------------------------------------------------------------------------------
+
+    def _advance(self, now: float, now_unix: int) -> list[Action]:
+        """Leave phases as long as they are complete."""
+        actions: list[Action] = []
+        while not self.over:
+            step = {
+                Phase.GATHER: self._end_gather,
+                Phase.SHARE: self._end_share,
+                Phase.ROSTER: self._end_roster,
+                Phase.COLLECT: self._end_collect,
+                Phase.VIEW: self._end_view,
+                Phase.UNMASK: self._end_unmask,
+            }[self.phase]
+            phase, news = self.phase, step(now, now_unix)
+            actions += news
+            if self.phase is phase:
+                break
+        return actions
+
+    def _enter(self, phase_event: Event, now: float, detail: str, *out: Publish) -> list[Action]:
+        self.phase = TRANSITIONS[self.phase][phase_event]
+        self._entered = self._last_sent = now
+        self._standing = list(out)
+        return [Moved(self.phase, detail), *out]
+
+    def _abandon(self, reason: str, blamed: tuple[DeviceId, ...] = ()) -> list[Action]:
+        after_uploads = self.phase in (Phase.COLLECT, Phase.VIEW, Phase.UNMASK)
+        self.phase = TRANSITIONS[self.phase][Event.TOO_FEW]
+        call = self.spec.call
+        notice = RoundAbandoned(
+            fleet=call.fleet, run=call.run, round=call.round, reason=reason[:MAX_REASON_CHARS]
+        )
+        self._standing = []
+        return [
+            Moved(Phase.ABANDONED, reason),
+            Publish(wire.sign(notice, self._key)),
+            Abandoned(reason, after_uploads, blamed),
+        ]
+
+    def _awaited_names(self) -> set[DeviceId]:
+        """Whom the current phase would like to hear from."""
+        if self.phase is Phase.GATHER or self.cohort is None:
+            return set(self._present)
+        if self.phase is Phase.COLLECT:
+            return set(self.cohort.names(self.roster)) - set(self._declined)
+        if self.phase is Phase.SHARE:
+            return {peer.device for peer in self.cohort.peers} - set(self._declined)
+        return {peer.device for peer in self.cohort.peers}
+
+    def _answered_names(self) -> set[DeviceId]:
+        """Who has done what the current phase waits for."""
+        if self.phase is Phase.GATHER or self.cohort is None:
+            return set(self._check_ins) | set(self._declined)
+        done: frozenset[int] | set[int] = set()
+        match self.phase:
+            case Phase.SHARE:
+                done = set(self._shares)
+            case Phase.ROSTER:
+                done = set(self._roster_votes)
+            case Phase.COLLECT:
+                done = self._aggregator.added if self._aggregator else set()
+            case Phase.VIEW:
+                done = set(self._view_votes)
+            case Phase.UNMASK:
+                done = set(self._reveals)
+        return set(self.cohort.names(done))
+
+    def _waited(self, now: float, limit_s: float) -> bool:
+        """Whether the phase has waited for everyone it makes sense to wait for."""
+        missing = self._awaited_names() - self._answered_names()
+        waited = now - self._entered
+        if not missing or waited >= limit_s:
+            return True
+        return not missing & self._present and waited >= self.spec.absent_grace_s
+
+    def _end_gather(self, now: float, now_unix: int) -> list[Action]:
+        spec, count = self.spec, len(self._check_ins)
+        limit = spec.cohort_limit
+        out_of_time = now - self._entered >= spec.call.gather_s
+        # Everyone present has answered, and there are enough of them; or twice as many as are
+        # wanted, so that the choice below is still one of chance and not of who is fastest.
+        settled = count >= min(spec.goal, limit) and self._waited(now, spec.call.gather_s)
+        if not (settled or count >= 2 * limit or out_of_time):
+            return []
+        if count < spec.call.n_min:
+            left = "".join(f"; {d}: {r}" for d, r in sorted(self._declined.items())[:3])
+            return self._abandon(
+                f"{count} devices checked in within {spec.call.gather_s:g} s; "
+                f"at least {spec.call.n_min} are needed{left}"
+            )
+        chosen = sorted(self._choose(sorted(self._check_ins), limit))
+        envelopes = tuple(self._check_ins[device].envelope for device in chosen)
+        manifest = wire.sign(Manifest(self._head(envelopes, now_unix), envelopes), self._key)
+        self.cohort = rules.verified_cohort(manifest, self._trust)
+        return self._enter(Event.ENOUGH, now, f"cohort of {len(chosen)}", Publish(manifest))
+
+    def _choose(self, names: list[DeviceId], limit: int) -> list[DeviceId]:
+        """A uniform sample, by sorting on random keys."""
+        keyed = sorted((self._rng(16), name) for name in names)
+        return [name for _, name in keyed[:limit]]
+
+    def _head(self, envelopes: tuple[bytes, ...], now_unix: int) -> Head:
+        spec, call, n = self.spec, self.spec.call, len(envelopes)
+        encoding = Encoding(
+            value_bits=spec.value_bits,
+            n=n,
+            n_params=spec.n_params,
+            clip=spec.clip,
+            w_max=spec.w_max,
+            metric_clips=spec.metric_clips,
+        )
+        if (problem := encoding.problem()) is not None:
+            raise LocalProtocolError(f"this round cannot be encoded: {problem}")
+        parameters = parameters_for(n)
+        return Head(
+            fleet=call.fleet,
+            run=call.run,
+            round=call.round,
+            plan=call.plan,
+            model=call.model,
+            revision=call.revision,
+            check_ins=check_ins_digest(envelopes),
+            n=n,
+            n_params=spec.n_params,
+            value_bits=spec.value_bits,
+            bits=encoding.bits,
+            lane_bits=encoding.lane_bits,
+            prg=PRG,
+            degree=parameters.degree,
+            min_side=parameters.min_side,
+            committee=parameters.committee,
+            threshold=parameters.threshold,
+            n_min=call.n_min,
+            w_max=spec.w_max,
+            clip=spec.clip,
+            metric_clips=spec.metric_clips,
+            work=spec.work,
+            pk_reveal=self._reveal_key.public,
+            issued_unix=now_unix,
+            share_s=spec.share_s,
+            collect_s=spec.collect_s,
+            unmask_s=spec.unmask_s,
+        )
+
+    def _end_share(self, now: float, now_unix: int) -> list[Action]:
+        if not self._waited(now, self.spec.share_s):
+            return []
+        cohort = self._cohort()
+        u2 = frozenset(self._shares)
+        if len(u2) < max(cohort.threshold, cohort.head.n_min):
+            return self._abandon(self._too_few(cohort, len(u2), "sent their shares"))
+        self.roster = u2
+        bitmap = cohort.bitmap(u2)
+        deliveries = [
+            Publish(
+                wire.sign(
+                    Delivery(
+                        h=cohort.h,
+                        member=peer.device,
+                        u2=bitmap,
+                        boxes=tuple(self._shares[i].message.boxes[peer.index] for i in sorted(u2)),
+                    ),
+                    self._key,
+                ),
+                to=peer.device,
+            )
+            for peer in cohort.peers
+        ]
+        return self._enter(Event.ENOUGH, now, f"{len(u2)} of {cohort.n} shared", *deliveries)
+
+    def _end_roster(self, now: float, now_unix: int) -> list[Action]:
+        cohort, t = self._cohort(), self._cohort().threshold
+        votes = [vote.message for vote in self._roster_votes.values()]
+        readable = [cohort.subset(vote.readable) for vote in votes]
+        unread = [i for i in self.roster if sum(i in r for r in readable) < t]
+        if len(votes) < t or unread:
+            if not self._waited(now, self.spec.share_s):
+                return []
+            if len(votes) < t:
+                return self._abandon(self._too_few(cohort, len(votes), "confirmed the roster"))
+            blamed = tuple(cohort.names(set(unread)))
+            return self._abandon(
+                f"fewer than {t} members can open the shares of {', '.join(blamed)}", blamed
+            )
+        self._aggregator = Aggregator(cohort, self.roster, self._reveal_key)
+        self._shares.clear()
+        roster = Roster(
+            h=cohort.h, u2=cohort.bitmap(self.roster), votes=self._quorum(self._roster_votes)
+        )
+        return self._enter(
+            Event.ENOUGH,
+            now,
+            f"roster of {len(self.roster)}",
+            Publish(wire.sign(roster, self._key)),
+        )
+
+    def _end_collect(self, now: float, now_unix: int) -> list[Action]:
+        cohort, aggregator = self._cohort(), self._aggregator
+        if aggregator is None:
+            raise LocalProtocolError("collecting without a sum")
+        u3 = aggregator.added
+        # With over-selection the goal is enough; without it, everyone on the roster is waited for.
+        goal_met = self.spec.over_selection > 0 and len(u3) >= self.spec.goal
+        if not goal_met and not self._waited(now, self.spec.collect_s):
+            return []
+        if len(u3) < cohort.head.n_min:
+            return self._abandon(
+                f"{len(u3)} updates arrived; at least {cohort.head.n_min} are needed"
+            )
+        self.view = u3
+        proposal = ViewProposal(
+            h=cohort.h, u2=cohort.bitmap(self.roster), u3=cohort.bitmap(self.view)
+        )
+        return self._enter(
+            Event.ENOUGH,
+            now,
+            f"{len(u3)} of {len(self.roster)} updates",
+            Publish(wire.sign(proposal, self._key)),
+        )
+
+    def _end_view(self, now: float, now_unix: int) -> list[Action]:
+        cohort = self._cohort()
+        if len(self._view_votes) < cohort.threshold:
+            if not self._waited(now, self.spec.unmask_s):
+                return []
+            return self._abandon(self._too_few(cohort, len(self._view_votes), "confirmed the view"))
+        view = View(h=cohort.h, u3=cohort.bitmap(self.view), votes=self._quorum(self._view_votes))
+        return self._enter(
+            Event.ENOUGH, now, f"view of {len(self.view)}", Publish(wire.sign(view, self._key))
+        )
+
+    def _end_unmask(self, now: float, now_unix: int) -> list[Action]:
+        cohort, aggregator = self._cohort(), self._aggregator
+        if aggregator is None:
+            raise LocalProtocolError("unmasking without a sum")
+        waited = self._waited(now, self.spec.unmask_s)
+        if len(self._reveals) < cohort.threshold:
+            if not waited:
+                return []
+            return self._abandon(self._too_few(cohort, len(self._reveals), "revealed their shares"))
+        try:
+            ring_sum = aggregator.finish()
+        except NotEnoughSharesError as error:
+            if not waited:
+                return []  # more reveals may mend it
+            blamed = tuple(d for d in error.blamed if d in cohort)
+            return self._abandon(str(error), tuple(DeviceId(d) for d in blamed))
+        faults: list[Action] = [
+            Fault(DeviceId(device), "revealed shares that do not fit the commitment")
+            for device in sorted(aggregator.liars)
+        ]
+        survivors = tuple(cohort.names(self.view))
+        dropped = tuple(peer.device for peer in cohort.peers if peer.device not in survivors)
+        done = Completed(ring_sum, cohort.encoding, survivors, dropped)
+        return [*faults, *self._enter(Event.ENOUGH, now, f"sum of {len(survivors)}"), done]
+
+    def _quorum(
+        self, votes: dict[int, Signed[RosterVote]] | dict[int, Signed[ViewVote]]
+    ) -> tuple[bytes, ...]:
+        """Exactly t votes: a verifier checks each one, so no more are sent than it needs."""
+        chosen = sorted(votes)[: self._cohort().threshold]
+        return tuple(votes[i].envelope for i in chosen)
+
+    def _too_few(self, cohort: Cohort, count: int, did: str) -> str:
+        return f"{count} of the committee's {cohort.n} members {did}; {cohort.threshold} are needed"
+
+    def _cohort(self) -> Cohort:
+        if self.cohort is None:
+            raise LocalProtocolError("there is no cohort yet")
+        return self.cohort
+
+
+def new_run_id(rng: Rng) -> bytes:
+    """16 random bytes that name a run."""
+    return rng(keys.SEED_BYTES)

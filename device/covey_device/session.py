@@ -1,0 +1,560 @@
+"""One device's rounds as a phase table, without I/O.
+
+Bytes, the clock's ticks and the outcome of training come in, actions come out; the service carries
+them out in order. The table below is all there is to the order of things:
+
+* what the coordinator signed and this device refuses ends the round here, with a `Decline`;
+* what is of another round, comes out of order, or is not signed by the coordinator at all, is
+  dropped and changes nothing: a hostile or lossy network can do all of that;
+* the very same bytes again get the very same answer again; other bytes in their place are
+  equivocation.
+
+After an upload the device may vanish for good. If it stays, it serves on the committee.
+"""
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from covey_shared import wire
+from covey_shared.errors import LocalProtocolError, RefusedError, RemoteProtocolError
+from covey_shared.keys import Rng, SigningKey
+from covey_shared.layout import Flat
+from covey_shared.masking import Ring
+from covey_shared.messages import (
+    MAX_REASON_CHARS,
+    CheckIn,
+    Decline,
+    Delivery,
+    DeviceId,
+    Head,
+    Manifest,
+    Message,
+    Result,
+    Roster,
+    RoundAbandoned,
+    RoundCall,
+    View,
+    ViewProposal,
+    WantUpload,
+)
+from covey_shared.secagg.cohort import Trust
+from covey_shared.secagg.committee import CommitteeMember
+from covey_shared.secagg.participant import Participant
+from covey_shared.secagg.rules import Expectation
+from covey_shared.wire import Signed
+
+
+class OutOfOrderError(RefusedError):
+    """A message that this device cannot use now: lost, late or reordered ones make such."""
+
+
+class Phase(enum.Enum):
+    """Where a device stands in a round."""
+
+    IDLE = "idle"
+    FETCHING = "fetching"  # called; getting plan and model
+    CHECKED_IN = "checked in"  # waiting for the manifest
+    TRAINING = "training"  # shares sent, no roster yet
+    TRAINED = "trained"  # update ready, no roster yet
+    WITHDRAWN = "withdrawn"  # no update to give, no roster yet; still serves
+    ROSTERED = "rostered"  # roster stands, still training
+    SERVING = "serving"  # uploaded or withdrawn; waits for the view
+    VOTED = "voted"  # signed the one view
+    REVEALED = "revealed"  # gave up the shares that the view allows
+
+
+class Event(enum.Enum):
+    """What can happen to a device in a round."""
+
+    CALL = "round call"
+    READY = "plan and model ready"
+    MANIFEST = "manifest"
+    DELIVERY = "delivery"
+    ROSTER = "roster"
+    UPDATE = "update trained"
+    NO_UPDATE = "training failed"
+    PROPOSAL = "view proposal"
+    VIEW = "view"
+    END = "result, abandoned or left"
+
+
+_P, _E = Phase, Event
+
+TRANSITIONS: dict[Phase, dict[Event, Phase]] = {
+    _P.IDLE: {_E.CALL: _P.FETCHING},
+    _P.FETCHING: {_E.CALL: _P.FETCHING, _E.READY: _P.CHECKED_IN, _E.END: _P.IDLE},
+    _P.CHECKED_IN: {_E.CALL: _P.FETCHING, _E.MANIFEST: _P.TRAINING, _E.END: _P.IDLE},
+    _P.TRAINING: {
+        _E.CALL: _P.FETCHING,
+        _E.DELIVERY: _P.TRAINING,
+        _E.UPDATE: _P.TRAINED,
+        _E.NO_UPDATE: _P.WITHDRAWN,
+        _E.ROSTER: _P.ROSTERED,
+        _E.END: _P.IDLE,
+    },
+    _P.TRAINED: {
+        _E.CALL: _P.FETCHING,
+        _E.DELIVERY: _P.TRAINED,
+        _E.ROSTER: _P.SERVING,
+        _E.END: _P.IDLE,
+    },
+    _P.WITHDRAWN: {
+        _E.CALL: _P.FETCHING,
+        _E.DELIVERY: _P.WITHDRAWN,
+        _E.ROSTER: _P.SERVING,
+        _E.END: _P.IDLE,
+    },
+    _P.ROSTERED: {
+        _E.CALL: _P.FETCHING,
+        _E.DELIVERY: _P.ROSTERED,
+        _E.UPDATE: _P.SERVING,
+        _E.NO_UPDATE: _P.SERVING,
+        _E.PROPOSAL: _P.VOTED,
+        _E.END: _P.IDLE,
+    },
+    _P.SERVING: {
+        _E.CALL: _P.FETCHING,
+        _E.DELIVERY: _P.SERVING,
+        _E.PROPOSAL: _P.VOTED,
+        _E.END: _P.IDLE,
+    },
+    _P.VOTED: {_E.CALL: _P.FETCHING, _E.VIEW: _P.REVEALED, _E.END: _P.IDLE},
+    _P.REVEALED: {_E.CALL: _P.FETCHING, _E.END: _P.IDLE},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The few facts that must outlive a crash.
+
+    last_round: no round up to this one is ever joined (again), so that a restart cannot sign, mask
+    or contribute twice. contributed: model hash (hex) -> highest revision an update was sent for.
+    """
+
+    last_round: int = 0
+    contributed: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The owner's word, which no coordinator can override.
+
+    min_cohort: smallest sum to be part of. max_weight: largest w_max. max_revisions: how often one
+    and the same model may be asked for again after abandoned rounds.
+    """
+
+    min_cohort: int = 3
+    max_weight: int = 1_000_000
+    max_revisions: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Send a signed message to the coordinator."""
+
+    message: Signed[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Send chunks of the masked update: all, or the (first, count) ranges asked for."""
+
+    payload: bytes = field(repr=False)
+    ranges: tuple[tuple[int, int], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Get the plan and the model of this call, check them, answer with `ready` or `leave`."""
+
+    call: RoundCall
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """Train as the head says, answer with `trained` or `training_failed`."""
+
+    round_id: int
+    head: Head
+
+
+@dataclass(frozen=True, slots=True)
+class StopTraining:
+    """The round no longer wants this device's update."""
+
+    round_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Make this durable before any later action of the same list."""
+
+    memory: Memory
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The round is over for this device. contributed: its update is in the sum."""
+
+    round_id: int
+    outcome: str
+    contributed: bool
+
+
+Action = Publish | Upload | Fetch | Train | StopTraining | Save | Ended
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What fetching learned: the sizes that the manifest must agree with."""
+
+    n_params: int
+    n_hyperparameters: int
+    n_metrics: int
+
+
+class _Round:
+    """All that a device knows of the round it is in. Thrown away at its end."""
+
+    def __init__(self, call: Signed[RoundCall]) -> None:
+        self.call = call
+        self.participant: Participant | None = None
+        self.member: CommitteeMember | None = None
+        self.prepared: Prepared | None = None
+        self.ring: Ring | None = None
+        self.payload: bytes | None = None
+        self.upload_digest = b""
+        # Kind of message -> its bytes and what we answered, to answer the same again.
+        self.answered: dict[type[Message], tuple[bytes, tuple[Action, ...]]] = {}
+
+
+class Session:
+    """The device's side of all rounds, one at a time.
+
+    certificate: the envelope the fleet CA signed for `identity`. memory: what the key store kept.
+    witness: told each encoded update before it is masked; for simulations, never set in the field.
+    """
+
+    def __init__(
+        self,
+        trust: Trust,
+        identity: SigningKey,
+        certificate: bytes,
+        device: DeviceId,
+        policy: Policy,
+        memory: Memory,
+        rng: Rng,
+        witness: Callable[[int, Ring], None] | None = None,
+    ) -> None:
+        self._trust = trust
+        self._identity = identity
+        self._certificate = certificate
+        self.device = device
+        self._policy = policy
+        self._memory = memory
+        self._rng = rng
+        self._witness = witness
+        self.phase = Phase.IDLE
+        self._round: _Round | None = None
+
+    @property
+    def round_id(self) -> int | None:
+        """The round this device is in, if any."""
+        return self._round.call.message.round if self._round else None
+
+    # -- what comes from the network --------------------------------------------------------------
+
+    def receive(self, data: bytes) -> list[Action]:
+        """One message from the broker.
+
+        Raises RemoteProtocolError, with nothing changed, for bytes that the coordinator did not
+        sign or that belong to another round.
+        """
+        signed = wire.decode(data)
+        signed.check(self._trust.coordinator, signer="the coordinator")
+        message = signed.message
+        if isinstance(message, RoundCall):
+            return self._call(Signed(message, signed.envelope))
+        current = self._current(message)
+        if isinstance(message, WantUpload):
+            return self._want_upload(current, message)
+        before = current.answered.get(type(message))
+        if before is not None and before[0] == signed.envelope:
+            return list(before[1])
+        try:
+            actions = self._handle(current, signed)
+        except OutOfOrderError:
+            raise
+        except RemoteProtocolError as error:
+            return self.leave(current.call.message.round, str(error))
+        again = tuple(a for a in actions if isinstance(a, Publish))
+        current.answered[type(message)] = (signed.envelope, again)
+        return actions
+
+    def _current(self, message: Message) -> _Round:
+        """The round that a message belongs to. Raises RefusedError if we are not in it."""
+        current = self._round
+        if current is not None:
+            call, cohort = current.call.message, None
+            if current.participant is not None:
+                cohort = current.participant.cohort
+            if isinstance(message, Manifest):
+                same = (message.head.run, message.head.round) == (call.run, call.round)
+            elif isinstance(message, Result | RoundAbandoned):
+                same = (message.run, message.round) == (call.run, call.round)
+            else:
+                same = cohort is not None and getattr(message, "h", None) == cohort.h
+            if same:
+                return current
+        raise RefusedError(f"a {message.LABEL} of a round this device is not in")
+
+    def _handle(self, current: _Round, signed: Signed[Message]) -> list[Action]:
+        message = signed.message
+        match message:
+            case Manifest():
+                return self._manifest(current, Signed(message, signed.envelope))
+            case Delivery():
+                return self._delivery(current, message)
+            case Roster():
+                return self._roster(current, message)
+            case ViewProposal():
+                return self._proposal(current, message)
+            case View():
+                return self._view(current, message)
+            case Result():
+                return self._result(current, message)
+            case RoundAbandoned():
+                return self._end(f"abandoned: {message.reason}", contributed=False)
+            case _:
+                raise RefusedError(f"a {message.LABEL} is not for devices")
+
+    def _call(self, signed: Signed[RoundCall]) -> list[Action]:
+        call = signed.message
+        if call.fleet != self._trust.fleet:
+            raise RefusedError(f"a call for fleet {call.fleet!r}")
+        if call.round == self.round_id:
+            return self._check_in_again()
+        if call.round <= self._memory.last_round:
+            return []  # over: the call is retained and comes with every connection
+        actions: list[Action] = []
+        if self._round is not None:
+            actions += self._end("another round was called", contributed=False)
+        self.phase = self._next(Event.CALL)
+        self._round = _Round(signed)
+        if (reason := self._objection(call)) is not None:
+            return [*actions, *self.leave(call.round, reason)]
+        return [*actions, Fetch(call)]
+
+    def _objection(self, call: RoundCall) -> str | None:
+        """Why the owner's policy, or what we did before, forbids this round; None if nothing does."""
+        sent = self._memory.contributed.get(call.model.hex())
+        if sent is not None and call.revision <= sent:
+            return "this device already contributed to this model"
+        if call.revision > self._policy.max_revisions:
+            return (
+                f"this model was asked for {call.revision} times before; this device's policy "
+                f"allows {self._policy.max_revisions}"
+            )
+        return None
+
+    def ready(self, round_id: int, prepared: Prepared) -> list[Action]:
+        """Plan and model are here and checked: make this round's keys and check in."""
+        if self.round_id != round_id or self.phase is not Phase.FETCHING:
+            return []  # the round moved on while we fetched
+        current = self._in_round()
+        self.phase = self._next(Event.READY)
+        call = current.call.message
+        participant = Participant(
+            self._trust, self._identity, self._certificate, self.device, call, self._rng
+        )
+        current.prepared, current.participant = prepared, participant
+        self._memory = Memory(call.round, self._memory.contributed)
+        return [Save(self._memory), Publish(participant.check_in)]
+
+    def _check_in_again(self) -> list[Action]:
+        """The call came again: the coordinator may have missed our check-in."""
+        if self.phase is Phase.CHECKED_IN:
+            participant = self._in_round().participant
+            if participant is not None:
+                return [Publish(participant.check_in)]
+        return []
+
+    def _manifest(self, current: _Round, signed: Signed[Manifest]) -> list[Action]:
+        self._refuse_out_of_order(Event.MANIFEST, "manifest")
+        participant, prepared = current.participant, current.prepared
+        if participant is None or prepared is None:
+            raise LocalProtocolError("a manifest was let through before the check-in")
+        head = signed.message.head
+        listed = {wire.decode_as(CheckIn, e).message.device for e in signed.message.check_ins}
+        if self.device not in listed:
+            return self._end("not chosen for the cohort", contributed=False)
+        expected = Expectation(
+            call=current.call.message,
+            n_params=prepared.n_params,
+            n_hyperparameters=prepared.n_hyperparameters,
+            n_metrics=prepared.n_metrics,
+            min_cohort=self._policy.min_cohort,
+            max_weight=self._policy.max_weight,
+        )
+        shares = participant.share(signed, expected)
+        if participant.cohort is None:
+            raise LocalProtocolError("shares were made without a cohort")
+        current.member = CommitteeMember(
+            participant.cohort, self.device, self._identity, participant.seal_key
+        )
+        self.phase = self._next(Event.MANIFEST)
+        return [Publish(shares), Train(head.round, head)]
+
+    def _delivery(self, current: _Round, message: Delivery) -> list[Action]:
+        self._refuse_out_of_order(Event.DELIVERY, "delivery")
+        participant, member = self._in_cohort(current)
+        if participant.roster is not None and participant.cohort is not None:
+            standing = participant.cohort.bitmap(participant.roster)
+            if message.u2 != standing:
+                raise RefusedError("a delivery for another roster than the one that stands")
+        vote = member.vote_roster(message)
+        self.phase = self._next(Event.DELIVERY)
+        return [Publish(vote)]
+
+    def _roster(self, current: _Round, message: Roster) -> list[Action]:
+        self._refuse_out_of_order(Event.ROSTER, "roster")
+        participant, _ = self._in_cohort(current)
+        participant.accept_roster(message)
+        self.phase = self._next(Event.ROSTER)
+        if self.phase is Phase.SERVING and current.ring is not None:
+            return self._send_update(current)
+        return []
+
+    def _proposal(self, current: _Round, message: ViewProposal) -> list[Action]:
+        self._refuse_out_of_order(Event.PROPOSAL, "view proposal")
+        participant, member = self._in_cohort(current)
+        vote = member.vote_view(message, participant.roster, uploaded=current.payload is not None)
+        actions: list[Action] = [Publish(vote)]
+        if self.phase is Phase.ROSTERED:  # too slow: the view was fixed without us
+            participant.forget()
+            actions.append(StopTraining(current.call.message.round))
+        self.phase = self._next(Event.PROPOSAL)
+        return actions
+
+    def _view(self, current: _Round, message: View) -> list[Action]:
+        self._refuse_out_of_order(Event.VIEW, "view")
+        participant, member = self._in_cohort(current)
+        reveal = member.reveal(message, participant.roster or frozenset())
+        self.phase = self._next(Event.VIEW)
+        return [Publish(reveal)]
+
+    def _result(self, current: _Round, message: Result) -> list[Action]:
+        participant = current.participant
+        contributed = False
+        if participant is not None and participant.cohort is not None:
+            if message.h != participant.cohort.h:
+                raise RefusedError("a result of another manifest")
+            contributed = participant.index in participant.cohort.subset(message.u3)
+        return self._end("completed", contributed=contributed)
+
+    def _want_upload(self, current: _Round, message: WantUpload) -> list[Action]:
+        if current.payload is None or message.payload != current.upload_digest:
+            raise RefusedError("chunks were asked for of an update this device did not send")
+        return [Upload(current.payload, message.ranges)]
+
+    # -- what comes from this device --------------------------------------------------------------
+
+    def trained(
+        self, round_id: int, delta: Flat, examples: int, metrics: tuple[float, ...]
+    ) -> list[Action]:
+        """Training gave an update. delta: float32[n_params], finite. examples: its weight."""
+        if self.round_id != round_id or Event.UPDATE not in TRANSITIONS[self.phase]:
+            return []  # the round went on without us
+        current = self._in_round()
+        participant, _ = self._in_cohort(current)
+        if participant.cohort is None:
+            raise LocalProtocolError("trained without a cohort")
+        ring = participant.cohort.encoding.encode(delta, examples, metrics, self._rng)
+        if self._witness is not None:
+            self._witness(round_id, ring.copy())
+        current.ring = ring
+        self.phase = self._next(Event.UPDATE)
+        return self._send_update(current) if self.phase is Phase.SERVING else []
+
+    def training_failed(self, round_id: int, reason: str) -> list[Action]:
+        """There is no update to give; the committee's duties remain."""
+        if self.round_id != round_id or Event.NO_UPDATE not in TRANSITIONS[self.phase]:
+            return []
+        current = self._in_round()
+        self.phase = self._next(Event.NO_UPDATE)
+        if current.participant is not None:
+            current.participant.forget()
+        return [self._decline(current, reason)]
+
+    def _send_update(self, current: _Round) -> list[Action]:
+        participant, _ = self._in_cohort(current)
+        ring, current.ring = current.ring, None
+        if ring is None:
+            raise LocalProtocolError("there is no update to send")
+        signed, payload = participant.mask(ring)
+        current.payload, current.upload_digest = payload, signed.message.payload
+        call = current.call.message
+        contributed = {**self._memory.contributed, call.model.hex(): call.revision}
+        self._memory = Memory(self._memory.last_round, contributed)
+        actions: list[Action] = [Save(self._memory), Publish(signed), Upload(payload)]
+        # The roster coming again means that the coordinator may have missed the digest.
+        envelope, _ = current.answered.get(Roster, (b"", ()))
+        if envelope:
+            current.answered[Roster] = (envelope, (Publish(signed),))
+        return actions
+
+    def leave(self, round_id: int, reason: str) -> list[Action]:
+        """Refuse to go on with this round, and say why."""
+        if self.round_id != round_id:
+            return []
+        decline = self._decline(self._in_round(), reason)
+        return [decline, *self._end(f"declined: {reason}", contributed=False)]
+
+    # -- the table --------------------------------------------------------------------------------
+
+    def _next(self, event: Event) -> Phase:
+        try:
+            return TRANSITIONS[self.phase][event]
+        except KeyError:
+            raise LocalProtocolError(f"{event.value} while {self.phase.value}") from None
+
+    def _refuse_out_of_order(self, event: Event, what: str) -> None:
+        if event not in TRANSITIONS[self.phase]:
+            raise OutOfOrderError(f"a {what} while this device is {self.phase.value}")
+
+    def _decline(self, current: _Round, reason: str) -> Publish:
+        call = current.call.message
+        decline = Decline(
+            fleet=call.fleet,
+            run=call.run,
+            round=call.round,
+            device=self.device,
+            reason=reason[:MAX_REASON_CHARS],
+        )
+        return Publish(wire.sign(decline, self._identity))
+
+    def _end(self, outcome: str, *, contributed: bool) -> list[Action]:
+        current = self._in_round()
+        training = self.phase in (Phase.TRAINING, Phase.ROSTERED)
+        round_id = current.call.message.round
+        if current.participant is not None:
+            current.participant.forget()
+        if current.member is not None:
+            current.member.forget()
+        self.phase = self._next(Event.END)
+        self._round = None
+        if round_id > self._memory.last_round:
+            self._memory = Memory(round_id, self._memory.contributed)
+        actions: list[Action] = [StopTraining(round_id)] if training else []
+        return [*actions, Ended(round_id, outcome, contributed)]
+
+    def _in_round(self) -> _Round:
+        if self._round is None:
+            raise LocalProtocolError("this device is in no round")
+        return self._round
+
+    def _in_cohort(self, current: _Round) -> tuple[Participant, CommitteeMember]:
+        if current.participant is None or current.member is None:
+            raise RefusedError("a message of a cohort before its manifest")
+        return current.participant, current.member
