@@ -665,6 +665,61 @@ def test_a_folder_cannot_hide_an_installed_module(tmp_path, monkeypatch):
 # --- memory and batches ---------------------------------------------------------------------------
 
 
+@pytest.fixture
+def mapped(monkeypatch):
+    """Even small files are memory-mapped."""
+    monkeypatch.setattr("covey_device.data.files.SMALL_BYTES", 0)
+
+
+@pytest.mark.usefixtures("mapped")
+@pytest.mark.parametrize("kind", ["npy", "idx"])
+def test_mapped_rows_come_back(tmp_path, kind):
+    features, labels = features_and_labels(100)
+    if kind == "npy":
+        text = save_npy(tmp_path, features, labels)
+    else:
+        write_idx(tmp_path / "x.idx", features)
+        write_idx(tmp_path / "y.idx", labels)
+        text = IDX
+    source = opened(tmp_path, text)
+    assert isinstance(source._rows[0].array, np.memmap)
+    indices = np.random.default_rng(0).permutation(100)[:37]
+    np.testing.assert_array_equal(source.batch(indices)[0], features[indices])
+    np.testing.assert_array_equal(source.batch(indices)[1], labels[indices])
+
+
+@pytest.mark.usefixtures("mapped")
+def test_a_mapped_file_that_is_written_to_is_an_error_and_no_crash(tmp_path):
+    features, labels = features_and_labels(2000)
+    source = opened(tmp_path, save_npy(tmp_path, features, labels))
+    np.save(tmp_path / "x.npy", features[:1])  # in place and shorter: touching the map would kill
+    with pytest.raises(DataError, match=r"x.npy was written to while in use.*rename"):
+        everything(source)
+
+
+@pytest.mark.usefixtures("mapped")
+@pytest.mark.parametrize("how", ["renamed", "deleted"])
+def test_a_mapped_file_that_is_replaced_keeps_its_content(tmp_path, how):
+    features, labels = features_and_labels()
+    source = opened(tmp_path, save_npy(tmp_path, features, labels))
+    if how == "renamed":
+        np.save(tmp_path / "new.npy", features[:1])
+        (tmp_path / "new.npy").rename(tmp_path / "x.npy")
+    else:
+        (tmp_path / "x.npy").unlink()
+    np.testing.assert_array_equal(everything(source)[0], features)
+
+
+def test_a_map_of_the_owners_that_was_changed_keeps_its_changes(tmp_path):
+    features, labels = features_and_labels()
+    save_npy(tmp_path, features, labels)
+    own = np.load(tmp_path / "x.npy", mmap_mode="c")
+    own[0] = 7
+    source = source_of_arrays(own, labels, HEADER)
+    assert source.batch(np.arange(5))[0][0].tolist() == [7, 7, 7]
+    assert source.batch(np.arange(5))[0][0].tolist() == [7, 7, 7]
+
+
 def test_data_that_does_not_fit_into_memory_says_what_to_do(tmp_path):
     huge = np.lib.format.header_data_from_array_1_0(np.zeros((1, 3), np.float32))
     huge["shape"] = (1 << 44, 3)

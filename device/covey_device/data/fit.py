@@ -4,7 +4,7 @@ Every rule about shapes, element types and values stands here, once for all kind
 Nothing here opens a file; the readers only tell where an array comes from (`origin`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,9 +18,6 @@ from covey_shared.plan import PlanHeader, TensorSpec
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
-
-# Values are searched in blocks of about this many elements, so that a search costs a few MB.
-BLOCK_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,19 +134,6 @@ class Fit:
             raise self.error(
                 f"holds {what} ({where}, counted from 0)", "correct it or leave that example out"
             )
-
-    def search(self, array: Array, release: Callable[[], None]) -> None:
-        """Raise DataError at the first bad value of a whole array, read block by block.
-
-        release: called after each block, to give memory-mapped pages back.
-        """
-        if not self.needs_search(array.dtype):
-            return
-        step = max(1, BLOCK_ELEMENTS // max(1, prod(array.shape[1:])))
-        for start in range(0, len(array), step):
-            rows = array[start : start + step]
-            self.check_values(self.convert(rows), range(start, start + len(rows)))
-            release()
 
     def error(self, problem: str, next_step: str) -> DataError:
         """The message's one form: who, what, what next."""
