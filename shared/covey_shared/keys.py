@@ -85,11 +85,31 @@ def _signed_text(label: str, body: bytes) -> bytes:
     return DOMAIN + label.encode() + b"\x00" + body
 
 
+# All points of order 1, 2, 4 and 8, in their only accepted encodings (the library refuses the
+# non-canonical ones). Under such a key S = 0 with R = the identity verifies for *every* text,
+# because RFC 8032 verification multiplies by the cofactor 8.
+_SMALL_ORDER = frozenset(
+    bytes.fromhex(point)
+    for point in (
+        "01" + "00" * 31,
+        "ec" + "ff" * 30 + "7f",
+        "00" * 32,
+        "00" * 31 + "80",
+        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac03fa",
+        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc85",
+    )
+)
+
+
 def verify(public: bytes, label: str, body: bytes, signature: bytes, *, signer: str) -> None:
     """Raise SignatureError unless `signature` is `public`'s over label and body.
 
     signer: who is claimed to have signed, for the message.
     """
+    if public in _SMALL_ORDER:
+        raise SignatureError(f"the key of {signer} has small order: its signatures prove nothing")
     try:
         key = eddsa.import_public_key(public)
         eddsa.new(key, "rfc8032").verify(_signed_text(label, body), signature)
