@@ -132,11 +132,13 @@ def combine(shares: Mapping[int, Sequence[bytes]], *, at: int = 0) -> list[bytes
     n_secrets = len(shares[holders[0]])
     if any(len(shares[x]) != n_secrets for x in holders):
         raise LocalProtocolError("every holder must bring one share for each secret")
+    if any(len(share) != SEED_BYTES for x in holders for share in shares[x]):
+        raise LocalProtocolError(f"a share has {SEED_BYTES} bytes")
+    if not 0 <= at <= MAX_SHARES:
+        raise LocalProtocolError(f"cannot evaluate at {at}; 0 to {MAX_SHARES}")
     if at in shares:
         return list(shares[at])
     flat = b"".join(share for x in holders for share in shares[x])
-    if len(flat) != SEED_BYTES * n_secrets * len(holders):
-        raise LocalProtocolError(f"a share has {SEED_BYTES} bytes")
     high, low = _load(flat, len(holders) * n_secrets)
     factors = _coefficients(holders, at)
     bits = [
