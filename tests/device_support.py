@@ -9,13 +9,13 @@ _NO_GRAPH = GraphRef(sha256="0" * 64, size=1)
 
 
 def make_header(
-    features=("float32", (3,)), labels=("float32", (1,)), loss="mse", slots=None
+    features=("float32", (3,)), labels=("float32", (1,)), loss="mse", slots=None, name="small"
 ) -> PlanHeader:
     """A plan header without graphs. features, labels: (dtype, shape of one example)."""
     slots = slots or {"weight": ((3, 1), "parameter"), "bias": ((1,), "parameter")}
     return PlanHeader(
         format=1,
-        name="small",
+        name=name,
         loss=loss,
         optimizer="sgd",
         opset=18,
@@ -32,7 +32,7 @@ def make_header(
     )
 
 
-IMAGES = make_header(("float32", (1, 28, 28)), ("int64", ()), "cross_entropy")
+IMAGES = make_header(("float32", (1, 28, 28)), ("int64", ()), "cross_entropy", name="digits")
 
 
 class LinearStep:

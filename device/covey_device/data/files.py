@@ -40,7 +40,14 @@ def read_npz(path: Path, shown: str, names: tuple[str, str]) -> tuple[Array, Arr
                         f"{shown} has no array {name!r}, it has {sorted(archive.files)}: "
                         "name two of them as features and labels in [data]"
                     )
-            return archive[names[0]], archive[names[1]]
+            features, labels = (_member(archive, path, shown, name) for name in names)
+            return features, labels
+
+
+def _member(archive: np.lib.npyio.NpzFile, path: Path, shown: str, name: str) -> Array:
+    with _reading(path, f"{shown}, array {name!r}"):
+        member: Array = archive[name]
+        return member
 
 
 def map_npy(path: Path, shown: str) -> Array:
