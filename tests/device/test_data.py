@@ -460,7 +460,8 @@ def test_csv_columns_can_be_chosen_and_ordered(tmp_path):
 
 def test_csv_as_a_spreadsheet_writes_it(tmp_path):
     text = save_csv(tmp_path, "a\tb\tc\ty\r\n1\t2\t3\t4\r\n", encoding="utf-8-sig")
-    assert everything(opened(tmp_path, text + 'delimiter = "\\t"'))[0].tolist() == [[1, 2, 3]]
+    text += 'delimiter = "\\t"\nfeatures = ["a", "c", "b"]'
+    assert everything(opened(tmp_path, text))[0].tolist() == [[1, 3, 2]]
 
 
 def test_csv_of_one_feature_and_whole_labels(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 MB = 1_000_000
+TESTS = str(Path(__file__).parents[1])
 
 
 def measured(code, *arguments):
@@ -25,7 +26,7 @@ def peak():
 """
     done = subprocess.run(
         [sys.executable, "-c", prelude + code, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([TESTS, *sys.path])},
         capture_output=True,
         text=True,
         timeout=120,
