@@ -27,6 +27,8 @@ from covey_shared.masking import Ring
 
 MIN_VALUE_BITS = 4
 MAX_VALUE_BITS = 24
+# Q / C must stay a number: of a clip near zero it overflows, and 0 times that is NaN.
+MIN_CLIP, MAX_CLIP = 1e-9, 1e9
 _BLOCK = 32 * 1024  # float64 work arrays of 256 KiB: they stay in cache
 
 
@@ -93,8 +95,8 @@ class Encoding:
                 f"a sum of {self.n} values of {self.value_bits} bits can wrap at {self.bits} bits"
             )
         for clip in (self.clip, *self.metric_clips):
-            if not (math.isfinite(clip) and 0 < clip <= 1e9):
-                return f"clip is {clip}; it must be finite and above zero"
+            if not MIN_CLIP <= clip <= MAX_CLIP:  # false for NaN, too
+                return f"clip is {clip}; it must be between {MIN_CLIP:g} and {MAX_CLIP:g}"
         return None
 
     def encode(self, delta: Flat, weight: int, metrics: Sequence[float], rng: Rng) -> Ring:
@@ -120,13 +122,13 @@ class Encoding:
         share = min(weight, self.w_max) / self.w_max
         ring = np.empty(self.n_coordinates, self.lane)
         stream = ChaCha20.new(key=rng(32), nonce=bytes(12))
-        _round_into(ring[: self.n_params], delta, self.clip, self.q_max / self.clip * share, stream)
+        _round_into(ring[: self.n_params], delta, self.clip, self.q_max, share, stream)
         # Python's round is exact here; both sides know nothing of each other's weight but this.
         ring[self.n_params] = round(self.q_max * share)
         for i, (value, clip) in enumerate(zip(metrics, self.metric_clips, strict=True)):
             at = self.n_params + 1 + i
             one = np.array([value], np.float64)
-            _round_into(ring[at : at + 1], one, clip, self.q_max / clip * share, stream)
+            _round_into(ring[at : at + 1], one, clip, self.q_max, share, stream)
         return ring
 
     def decode_sum(self, ring: Ring) -> "DecodedSum":
@@ -168,13 +170,15 @@ def _round_into(
     out: Ring,
     values: NDArray[np.floating],
     clip: float,
-    scale: float,
+    q_max: int,
+    share: float,
     stream: ChaCha20.ChaCha20Cipher,
 ) -> None:
-    """Stochastically round clip(values) * scale into ring elements, block by block.
+    """Stochastically round clip(values) * q_max / clip * share into ring elements, block by block.
 
     In float64: in float32 the fraction of a 16-bit value keeps too few bits to stay unbiased.
     """
+    scale = q_max / clip * share
     if not np.isfinite(values).all():
         raise LocalProtocolError("an update must be finite")
     signed = out.view(np.dtype(f"<i{out.dtype.itemsize}"))
@@ -185,6 +189,9 @@ def _round_into(
         noise = np.frombuffer(stream.encrypt(bytes(4 * block.size)), "<u4")
         block += noise * 2.0**-32
         np.floor(block, out=block)
+        # At +-clip the product may be off by a last bit, which the extreme noise then rounds to
+        # q_max + 1: once in 2^32 coordinates, but the no-wrap bound rests on q_max.
+        np.clip(block, -q_max, q_max, out=block)
         signed[start : start + block.size] = block
 
 
