@@ -51,7 +51,8 @@ RunId = NewType("RunId", bytes)
 ManifestDigest = NewType("ManifestDigest", bytes)
 """h: SHA-256 of the manifest's head; what every later message of the round names."""
 
-_NAME = r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$"
+# \Z, not $: that one also matches before a newline at the end.
+_NAME = r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?\Z"
 
 FleetName = Annotated[str, Meta(pattern=_NAME)]
 Device = Annotated[DeviceId, Meta(pattern=_NAME)]

@@ -207,7 +207,7 @@ def message_vectors() -> dict[str, Any]:
                 "label": message.LABEL,
                 "code": message.CODE,
                 "signer": signer,
-                "fields": msgspec.to_builtins(message),
+                "fields": msgspec.json.decode(msgspec.json.encode(message)),
                 "envelope": wire.sign(message, _key(signer)).envelope.hex(),
             }
             for signer, message in instances()
