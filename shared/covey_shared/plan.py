@@ -73,7 +73,9 @@ class PlanHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Everything a device must know of a plan besides the graphs' bytes.
 
     state: the optimiser's local tensors (momentum), full shapes; zero at the start of each round
-    and never leaving the device. versions: the tools that compiled it, for people.
+    and never leaving the device. classes: for class labels, their number: a label is one of
+    0 ... classes - 1. metrics: the outputs of ``eval.onnx``, in order. versions: the tools that
+    compiled it, for people.
     """
 
     format: Annotated[int, Meta(ge=1)]
@@ -83,6 +85,7 @@ class PlanHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     opset: int
     features: TensorSpec
     labels: TensorSpec
+    classes: Annotated[int, Meta(ge=1)] | None = None
     hyperparameters: tuple[Hyperparameter, ...]
     layout: Layout
     state: tuple[TensorSpec, ...]
