@@ -9,7 +9,12 @@ _NO_GRAPH = GraphRef(sha256="0" * 64, size=1)
 
 
 def make_header(
-    features=("float32", (3,)), labels=("float32", (1,)), loss="mse", slots=None, name="small"
+    features=("float32", (3,)),
+    labels=("float32", (1,)),
+    loss="mse",
+    slots=None,
+    name="small",
+    classes=None,
 ) -> PlanHeader:
     """A plan header without graphs. features, labels: (dtype, shape of one example)."""
     slots = slots or {"weight": ((3, 1), "parameter"), "bias": ((1,), "parameter")}
@@ -21,6 +26,7 @@ def make_header(
         opset=18,
         features=TensorSpec(name="features", dtype=features[0], shape=features[1]),
         labels=TensorSpec(name="labels", dtype=labels[0], shape=labels[1]),
+        classes=classes,
         hyperparameters=(Hyperparameter(name="lr", default=0.1),),
         layout=layout_of(slots),
         state=(),
@@ -32,7 +38,9 @@ def make_header(
     )
 
 
-IMAGES = make_header(("float32", (1, 28, 28)), ("int64", ()), "cross_entropy", name="digits")
+IMAGES = make_header(
+    ("float32", (1, 28, 28)), ("int64", ()), "cross_entropy", name="digits", classes=10
+)
 
 
 class LinearStep:

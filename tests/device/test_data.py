@@ -184,6 +184,17 @@ def test_negative_classes_are_named(tmp_path):
     refuses(tmp_path, text, "y.npy holds -100", "example 1,", "start at 0", header=CLASSES)
 
 
+@pytest.mark.parametrize("bad", [-1, 3, 255])
+def test_classes_that_the_plan_does_not_have_are_named(tmp_path, bad):
+    header = make_header(labels=("int64", ()), loss="cross_entropy", classes=3)
+    good = save_npy(tmp_path, np.zeros((3, 3)), np.array([0, 2, 1], np.uint8))
+    assert opened(tmp_path, good, header).n_examples == 3
+    text = save_npy(tmp_path, np.zeros((3, 3)), np.array([0, 2, bad]))
+    refuses(tmp_path, text, f"y.npy holds {bad}", "classes 0 to 2", "example 2,", header=header)
+    text = save_csv(tmp_path, f"a,b,c,y\n1,2,3,2\n1,2,3,{bad}\n")
+    refuses(tmp_path, text, f"row 3, column 'y' holds {bad}", "0 to 2", header=header)
+
+
 @pytest.mark.parametrize("bad", [-0.5, 1.5, 2])
 def test_labels_of_binary_cross_entropy_lie_between_0_and_1(tmp_path, bad):
     header = make_header(loss="bce_with_logits")

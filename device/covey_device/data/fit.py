@@ -164,6 +164,9 @@ def fits(config: DataConfig, header: PlanHeader, features: str, labels: str) -> 
 
 def allowed_labels(header: PlanHeader) -> Range:
     """What the plan's loss says of its labels."""
+    # A class that the model has no output for would train silently as "none of them".
+    if header.classes is not None:
+        return Range(0, header.classes - 1, f"the plan has classes 0 to {header.classes - 1}")
     if header.loss == "cross_entropy" and header.labels.dtype != "float32":
         return Range(0, None, "class numbers start at 0")
     if header.loss == "bce_with_logits":
