@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 MB = 1_000_000
 TESTS = str(Path(__file__).parents[1])
@@ -75,3 +76,71 @@ def test_mapped_data_may_be_larger_than_the_memory(tmp_path):
     assert not found["fits"]  # so the bound is a real one
     assert (found["stopped_by"], found["examples"]) == ("batches", 300 * 64)
     assert found["grown"] <= 40 * MB
+
+
+# In a process of its own, because torch takes more memory than all that is measured here.
+COMPILE_CNN = """
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+from torch import nn
+from covey_coordinator.plans.bundle import write
+from covey_coordinator.plans.compile import compile_plan
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+cnn = nn.Sequential(
+    nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2),
+    nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+    nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10),
+)
+images = np.random.default_rng(0).random((8, 1, 28, 28), np.float32)
+write(compile_plan(cnn, images, np.arange(8), loss="cross_entropy", name="cnn"), Path(sys.argv[1]))
+"""
+
+TRAIN_CNN = """
+import time
+from pathlib import Path
+import numpy as np
+from covey_device.data import NpyData
+from covey_device.trainer import Work, load_trainer
+from covey_shared.plan import decode_header
+
+plan, folder = Path(sys.argv[1]), Path(sys.argv[2])
+header = decode_header((plan / "plan.json").read_bytes())
+parameters = np.frombuffer((plan / "initial.bin").read_bytes(), np.float32)
+data = NpyData(features="x.npy", labels="y.npy")
+trainer = load_trainer(header, (plan / "train.onnx").read_bytes(), data, folder)
+work = Work(batches=20, batch_size=32, max_seconds=100.0, max_resident_bytes=120_000_000)
+result = trainer.train(parameters, work, clock=time.monotonic, rng=np.random.default_rng(0))
+heavy = {"torch", "onnx", "onnxscript", "sklearn", "matplotlib", "rich", "amqtt"}
+print(json.dumps({"peak": peak(), "batches": result.batches, "examples": result.examples,
+                  "loss": result.loss, "stopped_by": result.stopped_by,
+                  "moved": float(np.abs(result.delta).max()), "seconds": result.seconds,
+                  "heavy": sorted(heavy & set(sys.modules))}))
+"""
+
+
+@pytest.fixture(scope="session")
+def cnn_plan(tmp_path_factory):
+    """The 20/50-channel 5x5 CNN with fully connected 500-10, as the coordinator writes it."""
+    folder = tmp_path_factory.mktemp("cnn") / "plan"
+    subprocess.run([sys.executable, "-c", COMPILE_CNN, folder], check=True, timeout=200)
+    return folder
+
+
+def test_training_the_cnn_peaks_at_120_mb(cnn_plan, tmp_path):
+    rng = np.random.default_rng(0)
+    classes = rng.integers(0, 10, 2000)
+    images = rng.random((2000, 1, 28, 28), np.float32)
+    images[np.arange(2000), 0, classes, :] = 1  # the class is a bright line: it can be learned
+    np.save(tmp_path / "x.npy", images)
+    np.save(tmp_path / "y.npy", classes)
+    found = measured(TRAIN_CNN, cnn_plan, tmp_path)
+    assert found["peak"] <= 120 * MB
+    assert (found["batches"], found["examples"]) == (20, 640)
+    assert found["stopped_by"] == "batches"
+    assert found["moved"] > 0
+    assert found["loss"] < 3
+    assert found["heavy"] == []
