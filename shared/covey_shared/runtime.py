@@ -16,14 +16,22 @@ import os
 # Overwritten, not defaulted: no setting of the environment may turn it back on.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from covey_shared.errors import DataError, LocalProtocolError, MalformedError, TrainingError
+from covey_shared.errors import (
+    DataError,
+    LocalProtocolError,
+    MalformedError,
+    StorageError,
+    TrainingError,
+)
 from covey_shared.layout import Flat
 from covey_shared.plan import GraphName, PlanHeader, TensorSpec
 
@@ -169,13 +177,7 @@ class Predictor:
     ) -> None:
         """parameters: float32[n_params], copied by onnxruntime; what `parameters.bin` holds."""
         self._header = header
-        views = header.layout.views(np.ascontiguousarray(parameters))
-        options = _options(threads)
-        # By the slots' names rather than by file: nothing is read from disk, and onnxruntime
-        # checks each slot's type and shape. The values must outlive the session's construction.
-        values = {f"slot.{name}": _shared(view) for name, view in views.items()}
-        options.add_external_initializers(list(values), list(values.values()))
-        self._session = _session(infer_graph, options, "infer")
+        self._session = _filled(header, infer_graph, parameters, _options(threads))
         features = {"features": _batch_ports(header)["features"]}
         _check_ports(self._session, "infer", features, {"predictions": ("float32", None)})
 
@@ -186,6 +188,36 @@ class Predictor:
         outputs = _run(self._session, self._header, ["predictions"], feeds, "infer")
         predictions: NDArray[np.float32] = outputs[0]
         return predictions
+
+
+def export_model(header: PlanHeader, infer_graph: bytes, parameters: Flat) -> bytes:
+    """`infer.onnx` with the parameters inside: one ONNX file that any runtime can load.
+
+    onnxruntime writes it, unoptimised, so that no onnx package is needed where rounds are run.
+    Raises MalformedError for a graph that does not fit the header, StorageError for a full disk.
+    """
+    options = _options(1)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        with tempfile.TemporaryDirectory(prefix="covey-") as directory:
+            path = Path(directory) / "model.onnx"
+            options.optimized_model_filepath = str(path)
+            _filled(header, infer_graph, parameters, options)
+            return path.read_bytes()
+    except OSError as error:
+        raise StorageError(
+            f"cannot write a model in {tempfile.gettempdir()}: {error.strerror}; free some space"
+        ) from error
+
+
+def _filled(header: PlanHeader, infer_graph: bytes, parameters: Flat, options: Any) -> Any:
+    """A session of `infer.onnx` with these parameters."""
+    views = header.layout.views(np.ascontiguousarray(parameters))
+    # By the slots' names rather than by file: nothing is read from disk, and onnxruntime
+    # checks each slot's type and shape. The values must outlive the session's construction.
+    values = {f"slot.{name}": _shared(view) for name, view in views.items()}
+    options.add_external_initializers(list(values), list(values.values()))
+    return _session(infer_graph, options, "infer")
 
 
 def check_batch(header: PlanHeader, features: Array, labels: Array) -> tuple[Array, Array]:

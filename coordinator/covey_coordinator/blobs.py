@@ -1,0 +1,191 @@
+"""Serves blobs and takes in uploads: the coordinator's two ends of `covey_shared.chunks`."""
+
+import asyncio
+import logging
+import shutil
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from covey_coordinator.spool import FileSink
+from covey_shared import chunks
+from covey_shared.chunks import Assembly, Blob, BlobDigest, Chunk
+from covey_shared.errors import MalformedError, StorageError
+from covey_shared.messages import MAX_COHORT, MAX_RANGES, DeviceId
+from covey_shared.mqtt import publish_all
+from covey_shared.topics import Topics
+from covey_shared.transport import Transport
+
+log = logging.getLogger("covey.coordinator")
+
+Ranges = tuple[tuple[int, int], ...]
+
+# Requests of many devices for the same chunks are gathered for a moment and answered once: the
+# broker multiplies, not we.
+GATHER_S = 0.1
+
+
+class BlobServer:
+    """Publishes the chunks that devices ask for, of the blobs that are on offer."""
+
+    def __init__(self, transport: Transport, topics: Topics) -> None:
+        self._transport = transport
+        self._topics = topics
+        self._offered: dict[bytes, Blob] = {}
+        self._wanted: dict[bytes, set[int]] = {}
+        self._asked = asyncio.Event()
+
+    def offer(self, blobs: Iterable[bytes]) -> None:
+        """From now on these are on offer, and no others."""
+        self._offered = {blob.digest: blob for blob in map(chunks.blob_of, blobs)}
+        self._wanted.clear()
+
+    def want(self, digest: bytes, ranges: Ranges) -> None:
+        """Some device lacks these chunks. Unknown blobs and chunks beyond the end are ignored."""
+        blob = self._offered.get(digest)
+        if blob is None:
+            return
+        wanted = self._wanted.setdefault(digest, set())
+        for first, count in ranges:
+            wanted.update(range(first, min(first + count, blob.n_chunks)))
+        if wanted:
+            self._asked.set()
+
+    async def serve(self) -> None:
+        """Answer for ever."""
+        while True:
+            await self._asked.wait()
+            await asyncio.sleep(GATHER_S)
+            self._asked.clear()
+            wanted, self._wanted = self._wanted, {}
+            await publish_all(self._transport, self._frames(wanted))
+
+    def _frames(self, wanted: dict[bytes, set[int]]) -> Iterable[tuple[str, bytes]]:
+        for digest, indices in wanted.items():
+            topic = self._topics.blob(digest)
+            for index in sorted(indices):
+                blob = self._offered.get(digest)
+                if blob is not None:  # it may have been withdrawn meanwhile
+                    yield topic, chunks.frame(blob, index)
+
+
+@dataclass(slots=True)
+class _Upload:
+    assembly: Assembly
+    sink: FileSink
+    h: bytes
+    last_progress: float
+    resets: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """What to ask a device for again."""
+
+    device: DeviceId
+    h: bytes
+    payload: bytes
+    ranges: Ranges
+
+
+@dataclass(slots=True)
+class UploadDesk:
+    """Masked updates on their way in, each in its spool file, bounded by what was announced.
+
+    patience_s: how long an upload may stand still before its missing chunks are asked for.
+    early: chunks that overtake the message that announces them wait here, a few per device.
+    """
+
+    directory: Path
+    patience_s: float = 3.0
+    problem: str | None = None
+    _uploads: dict[DeviceId, _Upload] = field(default_factory=dict)
+    _early: dict[DeviceId, deque[Chunk]] = field(default_factory=dict)
+
+    def open(self) -> None:
+        """Start a round with an empty spool. Raises StorageError."""
+        self.close()
+        self.problem = None
+        try:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"cannot make the spool {self.directory}: {error.strerror}; free some space"
+            ) from error
+
+    def close(self) -> None:
+        """Drop everything."""
+        for upload in self._uploads.values():
+            upload.sink.remove()
+        self._uploads.clear()
+        self._early.clear()
+
+    def expect(self, device: DeviceId, h: bytes, payload: bytes, size: int, now: float) -> bool:
+        """A device announced its update. True if it is already complete (see `early`)."""
+        if device in self._uploads:
+            return False
+        sink = FileSink(self.directory / device, size)
+        assembly = Assembly(BlobDigest(payload), size, sink)
+        self._uploads[device] = _Upload(assembly, sink, h, now)
+        complete = False
+        for chunk in self._early.pop(device, ()):
+            if chunk.digest == payload:
+                complete = self._add(device, chunk, now)
+        return complete
+
+    def feed(self, device: DeviceId, frame: bytes, now: float) -> bool:
+        """One frame of a device's upload; True when the upload is complete.
+
+        Raises MalformedError for a wrong frame. A disk that is full is noted in `problem`, and the
+        chunk stays missing: it is asked for again, and by then there may be space.
+        """
+        chunk = chunks.decode_frame(frame)
+        if device not in self._uploads:
+            if device in self._early or len(self._early) < MAX_COHORT:
+                self._early.setdefault(device, deque(maxlen=4)).append(chunk)
+            return False
+        return self._add(device, chunk, now)
+
+    def _add(self, device: DeviceId, chunk: Chunk, now: float) -> bool:
+        upload = self._uploads[device]
+        if upload.assembly.complete:
+            return False
+        upload.last_progress = now
+        try:
+            return upload.assembly.add(chunk)
+        except StorageError as error:
+            if self.problem is None:
+                log.error("%s", error)
+            self.problem = str(error)
+            return False
+
+    def take(self, device: DeviceId) -> bytes:
+        """The complete upload, its digest checked; its file is deleted.
+
+        Raises MalformedError if the bytes are not those that were announced; it then starts over.
+        """
+        upload = self._uploads[device]
+        try:
+            upload.assembly.verify()
+            data = upload.sink.read(0, upload.assembly.size)
+        except MalformedError:
+            upload.assembly.reset()
+            upload.resets += 1
+            raise
+        upload.sink.remove()
+        return data
+
+    def stalled(self, now: float) -> list[Missing]:
+        """Uploads that stand still, and what they lack."""
+        missing = []
+        for device, upload in self._uploads.items():
+            if upload.assembly.complete or now - upload.last_progress < self.patience_s:
+                continue
+            if upload.resets > 2:
+                continue  # it keeps sending bytes that are not what it signed
+            upload.last_progress = now
+            ranges = upload.assembly.missing(MAX_RANGES)
+            missing.append(Missing(device, upload.h, upload.assembly.digest, ranges))
+        return missing

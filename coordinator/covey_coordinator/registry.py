@@ -1,0 +1,53 @@
+"""Which devices are known, present, refused and why. Without I/O.
+
+Presence comes from the broker (retained messages and last wills) and is a hint. What a device did
+wrong comes from the rounds; a device that the protocol could name as the liar of an abandoned round
+is kept out of the following ones, so that it costs the run one round and not all of them.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from covey_shared.messages import DeviceId
+
+KEPT_OUT_ROUNDS = 10
+"""For how many rounds a device is kept out after it was to blame for an abandoned one."""
+
+
+@dataclass(slots=True)
+class Registry:
+    """The coordinator's picture of its fleet. identities: name -> public key, for pinned devices;
+    empty: any device with a certificate of the fleet CA may take part."""
+
+    identities: dict[DeviceId, bytes] = field(default_factory=dict)
+    _present: set[DeviceId] = field(default_factory=set)
+    _kept_out: dict[DeviceId, tuple[int, str]] = field(default_factory=dict)
+    faults: Counter[DeviceId] = field(default_factory=Counter)
+
+    def presence(self, device: DeviceId, online: bool) -> None:
+        """A device came or went."""
+        (self._present.add if online else self._present.discard)(device)
+
+    @property
+    def present(self) -> frozenset[DeviceId]:
+        """Devices online as far as the broker knows."""
+        return frozenset(self._present)
+
+    def fault(self, device: DeviceId) -> None:
+        """A device broke a rule without cost to the round."""
+        self.faults[device] += 1
+
+    def blame(self, device: DeviceId, round_id: int, reason: str) -> None:
+        """A device cost the fleet a round."""
+        self.faults[device] += 1
+        self._kept_out[device] = (round_id + KEPT_OUT_ROUNDS, reason)
+
+    def admit(self, device: DeviceId, identity: bytes, round_id: int) -> str | None:
+        """Why a device with this identity may not take part in a round; None if it may."""
+        until, reason = self._kept_out.get(device, (0, ""))
+        if round_id <= until:
+            return f"kept out until round {until}: {reason}"
+        known = self.identities.get(device)
+        if known is not None and known != identity:
+            return "its identity key is not the one that was registered"
+        return None

@@ -1,0 +1,241 @@
+"""What lies between two rounds: averaging, evaluation, the next model, and what is kept of it all.
+
+A run is a plan, a number of rounds and a directory. It blocks (disk, onnxruntime), so the service
+calls it in threads. Writing is retried until it works: `save` goes on where it failed.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from covey_coordinator.averaging import FedAvg, Strategy
+from covey_coordinator.config import RunConfig
+from covey_coordinator.plans.bundle import PlanBundle
+from covey_coordinator.round import Completed, RoundSpec
+from covey_coordinator.store import RunDirectory, RunState
+from covey_shared.errors import ConfigError, CoveyError
+from covey_shared.layout import Flat
+from covey_shared.messages import RoundCall, RunId, Work
+from covey_shared.runtime import Evaluator, export_model
+
+
+class HeldOut(NamedTuple):
+    """The coordinator's evaluation set. features: [n, *shape], labels: [n, ...]."""
+
+    features: NDArray[Any]
+    labels: NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RoundOutcome:
+    """What a round came to. completed is None for an abandoned one, and reason says why.
+
+    bytes_in, bytes_out: at the coordinator. metrics: only sums and means over the cohort.
+    """
+
+    round_id: int
+    index: int
+    completed: Completed | None
+    reason: str
+    after_uploads: bool
+    cohort: int
+    seconds: float
+    phase_seconds: dict[str, float]
+    bytes_in: int
+    bytes_out: int
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+class Run:
+    """One run's model and its progress. held_out: data to evaluate each model on, if there is any."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        config: RunConfig,
+        bundle: PlanBundle,
+        *,
+        held_out: HeldOut | None = None,
+        strategy: Strategy | None = None,
+    ) -> None:
+        self.directory = directory
+        self.config = config
+        self.bundle = bundle
+        self._held_out = held_out
+        self._strategy = strategy or FedAvg(config.server_lr)
+        self._hyper = hyper_values(bundle, config)
+        self._evaluator = (
+            Evaluator(bundle.header, bundle.graphs["eval"]) if held_out is not None else None
+        )
+        self.state: RunState = directory.state()
+        self.parameters: Flat = bundle.initial
+        self._spec: RoundSpec | None = None
+        self._to_save: deque[Callable[[], None]] = deque()
+
+    def begin(self) -> None:
+        """Take up the run where its directory says it stands. Raises StorageError."""
+        kept = self.directory.parameters(self.bundle.header.n_params)
+        if kept is not None:
+            self.parameters = kept
+        self.state.status, self.state.message = "running", ""
+        self.directory.save_state(self.state)
+
+    def end(self) -> None:
+        """Note how it ended. Raises StorageError."""
+        self.state.status = "stopped" if self.rounds_left else "completed"
+        self.directory.save_state(self.state)
+
+    @property
+    def index(self) -> int:
+        """The number of the next round within the run, from 1."""
+        return self.state.rounds_done + 1
+
+    @property
+    def rounds_left(self) -> int:
+        """Rounds still to be called."""
+        return max(0, self.config.rounds - self.state.rounds_done)
+
+    @property
+    def model(self) -> bytes:
+        """The current model as it is published: one little-endian float32 vector."""
+        return self.parameters.astype("<f4").tobytes()
+
+    @property
+    def model_digest(self) -> bytes:
+        """SHA-256 of `model`."""
+        return hashlib.sha256(self.model).digest()
+
+    def blobs(self) -> list[bytes]:
+        """What a device may ask for in the next round."""
+        return [self.bundle.header_bytes, self.bundle.graphs["train"], self.model]
+
+    def spec(self, fleet: str, round_id: int) -> RoundSpec:
+        """The next round, entirely settled."""
+        config, model = self.config, self.model
+        call = RoundCall(
+            fleet=fleet,
+            run=RunId(bytes.fromhex(self.state.run_id)),
+            round=round_id,
+            plan=self.bundle.hash,
+            plan_bytes=len(self.bundle.header_bytes),
+            model=hashlib.sha256(model).digest(),
+            model_bytes=len(model),
+            revision=self.state.revision,
+            n_min=config.cohort.minimum,
+            gather_s=config.deadlines.gather_s,
+        )
+        self._spec = RoundSpec(
+            call=call,
+            n_params=self.bundle.header.n_params,
+            work=Work(
+                batches=config.work.batches,
+                batch_size=config.work.batch_size,
+                seconds=config.work.seconds,
+                hyper=self._hyper,
+            ),
+            goal=config.cohort.goal,
+            over_selection=config.cohort.over_selection,
+            value_bits=config.encoding.value_bits,
+            clip=config.encoding.clip,
+            metric_clips=(config.encoding.loss_clip,),
+            w_max=config.encoding.max_weight,
+            share_s=config.deadlines.share_s,
+            collect_s=config.deadlines.collect_s,
+            unmask_s=config.deadlines.unmask_s,
+            resend_s=config.deadlines.resend_s,
+            absent_grace_s=config.deadlines.absent_grace_s,
+        )
+        return self._spec
+
+    def absorb(self, outcome: RoundOutcome) -> RoundOutcome:
+        """Average, evaluate, and queue what must be saved. Returns the outcome with its metrics; one
+        whose sum cannot be used comes back as abandoned, and the model stays as it was."""
+        state, index = self.state, outcome.index
+        if outcome.completed is not None:
+            try:
+                following, metrics = self._average(outcome.completed)
+                model = export_model(self.bundle.header, self.bundle.graphs["infer"], following)
+            except CoveyError as error:
+                outcome = replace(outcome, completed=None, reason=str(error), after_uploads=True)
+            else:
+                outcome = replace(outcome, metrics=metrics)
+                self.parameters = following
+                self._to_save.append(lambda: self.directory.save_model(index, following, model))
+        state.rounds_done = index
+        if outcome.completed is not None:
+            state.revision = 0
+            state.rounds_completed += 1
+        else:
+            # Devices give no second update to the same model and revision.
+            state.revision += outcome.after_uploads
+            state.rounds_abandoned += 1
+        line = self._metrics_line(outcome)
+        self._to_save.append(lambda: self.directory.add_metrics(line))
+        self._to_save.append(lambda: self.directory.save_state(state))
+        return outcome
+
+    def save(self) -> None:
+        """Write what is queued. Raises StorageError; call it again and it goes on from there."""
+        while self._to_save:
+            self._to_save[0]()
+            self._to_save.popleft()
+
+    def _average(self, completed: Completed) -> tuple[Flat, dict[str, Any]]:
+        total = completed.encoding.decode_sum(completed.ring_sum)
+        following = self._strategy.step(self.parameters, total)
+        metrics: dict[str, Any] = {
+            "examples": round(total.examples),
+            "train_loss": total.metrics[0],
+            "update_norm": float(np.linalg.norm(total.average)),
+        }
+        if self._evaluator is not None and self._held_out is not None:
+            sums = self._evaluator.evaluate(following, *self._held_out)
+            n = sums.get("examples", len(self._held_out.features))
+            metrics["test_loss"] = sums["loss_sum"] / n
+            if "correct" in sums:
+                metrics["test_accuracy"] = sums["correct"] / n
+        return following, metrics
+
+    def _metrics_line(self, outcome: RoundOutcome) -> dict[str, Any]:
+        """One round for metrics.jsonl: nothing of a single device but whether it took part."""
+        completed = outcome.completed
+        line: dict[str, Any] = {
+            "round": outcome.round_id,
+            "index": outcome.index,
+            "outcome": "completed" if completed is not None else "abandoned",
+            "cohort": outcome.cohort,
+            "survivors": len(completed.survivors) if completed is not None else 0,
+        }
+        if completed is None:
+            line["reason"] = outcome.reason
+        else:
+            line["dropped"] = list(completed.dropped)
+        line |= outcome.metrics
+        if self._spec is not None:
+            line |= {
+                "model": self._spec.call.model.hex(),
+                "revision": self._spec.call.revision,
+            }
+        return line | {
+            "seconds": round(outcome.seconds, 3),
+            "phase_seconds": {name: round(s, 3) for name, s in outcome.phase_seconds.items()},
+            "bytes_received": outcome.bytes_in,
+            "bytes_sent": outcome.bytes_out,
+        }
+
+
+def hyper_values(bundle: PlanBundle, config: RunConfig) -> tuple[float, ...]:
+    """The run's hyper-parameters in the plan's order. Raises ConfigError for one it does not have."""
+    known = {hyper.name: hyper.default for hyper in bundle.header.hyperparameters}
+    for name in config.work.hyper:
+        if name not in known:
+            raise ConfigError(
+                f"key `work.hyper.{name}`: the plan {bundle.header.name!r} has no such "
+                f"hyper-parameter; it has {', '.join(known) or 'none'}"
+            )
+    return tuple(float(config.work.hyper.get(name, value)) for name, value in known.items())

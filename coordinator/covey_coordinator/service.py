@@ -1,0 +1,423 @@
+"""The coordinator's loop: rounds' actions carried out over a transport.
+
+Everything that decides about a round is in `round`, everything between two rounds in `run`; here are
+the queue, the network and the threads. No torch: plans come compiled.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from covey_coordinator.blobs import BlobServer, UploadDesk
+from covey_coordinator.registry import Registry
+from covey_coordinator.round import (
+    Abandoned,
+    Action,
+    Completed,
+    Expect,
+    Fault,
+    Moved,
+    Phase,
+    Publish,
+    Round,
+    RoundSpec,
+)
+from covey_coordinator.run import RoundOutcome, Run
+from covey_coordinator.store import Progress, RoundCounter, RunState
+from covey_shared import wire
+from covey_shared.errors import (
+    MalformedError,
+    RefusedError,
+    RemoteProtocolError,
+    StorageError,
+    TransportError,
+)
+from covey_shared.keys import Rng, SigningKey
+from covey_shared.messages import DeviceId, ManifestDigest, RoundCall, WantBlob, WantUpload
+from covey_shared.secagg.cohort import Trust
+from covey_shared.topics import ONLINE, Topics
+from covey_shared.transport import Incoming, Transport
+
+log = logging.getLogger("covey.coordinator")
+
+T = TypeVar("T")
+
+TICK_S = 0.2
+MAX_INBOX = 100_000
+MAX_DEVICES = 100_000
+RETRY_STORAGE_S = 5.0
+_DEVICE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    device: DeviceId
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Uploaded:
+    device: DeviceId
+
+
+@dataclass(frozen=True, slots=True)
+class _Presence:
+    device: DeviceId
+    online: bool
+
+
+Observer = Callable[[Moved | RoundOutcome | Progress], None]
+
+
+class CoordinatorService:
+    """One fleet's coordinator. transport: not started yet. counter: gives round numbers.
+
+    clock: monotonic seconds. unix: seconds since 1970, for certificates. observer: told of every
+    phase and outcome. pool: threads for arithmetic; None is the event loop's own.
+    """
+
+    def __init__(
+        self,
+        trust: Trust,
+        key: SigningKey,
+        transport: Transport,
+        counter: RoundCounter,
+        *,
+        registry: Registry | None = None,
+        rng: Rng = os.urandom,
+        clock: Callable[[], float] = time.monotonic,
+        unix: Callable[[], float] = time.time,
+        observer: Observer = lambda event: None,
+        pool: Executor | None = None,
+    ) -> None:
+        self._trust = trust
+        self._key = key
+        self.transport = transport
+        self._counter = counter
+        self.registry = registry if registry is not None else Registry()
+        self._rng = rng
+        self._clock = clock
+        self._unix = unix
+        self.observer = observer
+        self._pool = pool
+        self._topics = Topics(trust.fleet)
+        self._inbox: asyncio.Queue[_Heard | _Uploaded | _Presence] = asyncio.Queue(MAX_INBOX)
+        self._blobs = BlobServer(transport, self._topics)
+        self._desk: UploadDesk | None = None
+        self._round: Round | None = None
+        self._last_round: Round | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._outcome: Completed | Abandoned | None = None
+        self._phase: Phase | None = None
+        self._phase_since = 0.0
+        self._phase_seconds: dict[str, float] = {}
+        self._call: Publish | None = None
+        self.connected = asyncio.Event()
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Connect, and go on connecting; returns at once."""
+        topics = self._topics
+        await self.transport.start(self._on_message, self._on_connected, self._on_disconnected)
+        await self.transport.subscribe(topics.outbox("+"), topics.upload("+"), topics.presence("+"))
+        self._tasks = [asyncio.create_task(self._guarded(self._blobs.serve))]
+
+    async def close(self) -> None:
+        """Stop. An open round ends unheard; devices see the next call."""
+        for task in self._tasks:
+            task.cancel()
+        if self.transport_up:
+            with contextlib.suppress(TransportError, TimeoutError):
+                async with asyncio.timeout(2):
+                    await self.transport.publish(self._topics.round, b"", retain=True)
+        await self.transport.stop()
+
+    @property
+    def transport_up(self) -> bool:
+        """Whether there is a connection at this moment."""
+        return self.connected.is_set()
+
+    async def _guarded(self, work: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await work()
+            except TransportError:
+                return
+            except Exception:
+                log.exception("a task failed; the service goes on")
+                await asyncio.sleep(1)
+
+    # -- the network ------------------------------------------------------------------------------
+
+    def _on_message(self, incoming: Incoming) -> None:
+        device = self._topics.device_of(incoming.topic)
+        if device is None or not _DEVICE_NAME.fullmatch(device):
+            return
+        if incoming.topic == self._topics.presence(device):
+            with contextlib.suppress(asyncio.QueueFull):
+                self._on_presence(device, incoming.payload == ONLINE)
+            return
+        if self._round is None or not incoming.payload:
+            return
+        try:
+            if incoming.topic == self._topics.upload(device):
+                self._on_frame(device, incoming.payload)
+            elif incoming.topic == self._topics.outbox(device):
+                self._inbox.put_nowait(_Heard(device, incoming.payload))
+        except RemoteProtocolError as error:
+            log.debug("dropped on %s: %s", incoming.topic, error)
+        except asyncio.QueueFull:
+            log.warning("flooded by %s; dropped a message", device)
+
+    def _on_presence(self, device: DeviceId, online: bool) -> None:
+        if device in self.registry.present or len(self.registry.present) < MAX_DEVICES:
+            self.registry.presence(device, online)
+        if self._round is not None:
+            self._inbox.put_nowait(_Presence(device, online))
+
+    def _on_frame(self, device: DeviceId, frame: bytes) -> None:
+        if self._desk is not None and self._desk.feed(device, frame, self._clock()):
+            self._inbox.put_nowait(_Uploaded(device))
+
+    async def _on_connected(self) -> None:
+        log.info("connected to the broker")
+        self.connected.set()
+        if self._call is not None and self._round is not None and not self._round.over:
+            # The broker may have lost what it retained.
+            self._tasks.append(asyncio.create_task(self._guarded_once(self._publish(self._call))))
+
+    async def _guarded_once(self, work: Awaitable[None]) -> None:
+        with contextlib.suppress(TransportError):
+            await work
+
+    def _on_disconnected(self, reason: str) -> None:
+        self.connected.clear()
+        log.warning("%s", reason)
+
+    async def _publish(self, action: Publish) -> None:
+        topics = self._topics
+        if isinstance(action.message.message, RoundCall):
+            topic = topics.round
+        else:
+            topic = topics.all if action.to is None else topics.inbox(action.to)
+        await self.transport.publish(topic, action.message.envelope, retain=action.retain)
+
+    # -- one round --------------------------------------------------------------------------------
+
+    async def run_round(self, spec: RoundSpec, index: int, spool: UploadDesk) -> RoundOutcome:
+        """Play one round to its end. Its blobs must be on offer already."""
+        started = self._clock()
+        bytes_in, bytes_out = self._bytes()
+        spool.open()
+        self._desk = spool
+        self._inbox = asyncio.Queue(MAX_INBOX)
+        self._outcome = None
+        self._phase, self._phase_since, self._phase_seconds = None, started, {}
+        machine = Round(
+            spec,
+            self._trust,
+            self._key,
+            rng=self._rng,
+            present=self.registry.present,
+            admit=lambda device, identity: self.registry.admit(device, identity, spec.call.round),
+        )
+        self._round = self._last_round = machine
+        try:
+            await self._carry_out(machine.open(self._clock()))
+            while (outcome := self._over()) is None:
+                await self._turn(machine, spool, index)
+        finally:
+            self._round, self._desk, self._call = None, None, None
+            spool.close()
+        completed = outcome if isinstance(outcome, Completed) else None
+        reason, after_uploads = "", False
+        if isinstance(outcome, Abandoned):
+            reason, after_uploads = outcome.reason, outcome.after_uploads
+            if spool.problem is not None:
+                reason = f"{reason} ({spool.problem})"
+            for device in outcome.blamed:
+                self.registry.blame(device, spec.call.round, outcome.reason)
+        now_in, now_out = self._bytes()
+        return RoundOutcome(
+            round_id=spec.call.round,
+            index=index,
+            completed=completed,
+            reason=reason,
+            after_uploads=after_uploads,
+            cohort=machine.cohort.n if machine.cohort else 0,
+            seconds=self._clock() - started,
+            phase_seconds=dict(self._phase_seconds),
+            bytes_in=now_in - bytes_in,
+            bytes_out=now_out - bytes_out,
+        )
+
+    def _over(self) -> Completed | Abandoned | None:
+        return self._outcome
+
+    def _bytes(self) -> tuple[int, int]:
+        return getattr(self.transport, "bytes_in", 0), getattr(self.transport, "bytes_out", 0)
+
+    async def _turn(self, machine: Round, spool: UploadDesk, index: int) -> None:
+        """Wait for one message, or for a tick, and let the machine go on."""
+        try:
+            async with asyncio.timeout(TICK_S):
+                event = await self._inbox.get()
+        except TimeoutError:
+            await self._step(lambda: machine.tick(self._clock(), int(self._unix())))
+            await self._ask_for_missing(spool)
+            self._tell_progress(machine, index)
+            return
+        try:
+            match event:
+                case _Heard(device, data):
+                    await self._message(machine, device, data)
+                case _Uploaded(device):
+                    await self._upload_complete(machine, spool, device)
+                case _Presence(device, online):
+                    await self._step(
+                        lambda: machine.presence(device, online, self._clock(), int(self._unix()))
+                    )
+        except RemoteProtocolError as error:
+            log.debug("refused from %s: %s", event.device, error)
+        if self._inbox.empty():
+            self._tell_progress(machine, index)
+
+    async def _message(self, machine: Round, device: DeviceId, data: bytes) -> None:
+        if data[1:2] == bytes((WantBlob.CODE,)):
+            want = wire.decode_as(WantBlob, data).message
+            if want.device != device or want.fleet != self._trust.fleet:
+                raise RefusedError(f"a request in another's name came from {device}'s topic")
+            # Not verified: anyone on the broker may read blobs; a hash is asked for, nothing else.
+            self._blobs.want(want.blob, want.ranges)
+            return
+        await self._step(lambda: machine.receive(data, device, self._clock(), int(self._unix())))
+
+    async def _upload_complete(self, machine: Round, spool: UploadDesk, device: DeviceId) -> None:
+        if machine.phase is not Phase.COLLECT:
+            return
+        try:
+            payload = await self._in_thread(lambda: spool.take(device))
+            await self._step(
+                lambda: machine.uploaded(device, payload, self._clock(), int(self._unix()))
+            )
+        except MalformedError as error:
+            log.warning("upload of %s: %s", device, error)
+        except StorageError as error:
+            spool.problem = str(error)
+            log.error("%s", error)
+
+    async def _ask_for_missing(self, spool: UploadDesk) -> None:
+        if self._round is None or self._round.phase is not Phase.COLLECT:
+            return
+        for lack in spool.stalled(self._clock()):
+            want = WantUpload(ManifestDigest(lack.h), lack.device, lack.payload, lack.ranges)
+            await self._publish(Publish(wire.sign(want, self._key), to=lack.device))
+
+    async def _step(self, step: Callable[[], list[Action]]) -> None:
+        """Run a step of the machine in a thread, and carry its actions out."""
+        await self._carry_out(await self._in_thread(step))
+
+    async def _in_thread(self, step: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, step)
+
+    async def _carry_out(self, actions: list[Action]) -> None:
+        published = []
+        for action in actions:
+            match action:
+                case Publish():
+                    if action.retain:
+                        self._call = action
+                    published.append(self._publish(action))
+                case Expect(device, h, payload, size):
+                    if self._desk is not None and self._desk.expect(
+                        device, h, payload, size, self._clock()
+                    ):
+                        self._inbox.put_nowait(_Uploaded(device))
+                case Fault(device, reason):
+                    log.warning("%s: %s", device, reason)
+                    self.registry.fault(device)
+                case Moved():
+                    self._moved(action)
+                case Completed() | Abandoned():
+                    self._outcome = action
+        await asyncio.gather(*published)
+
+    def _moved(self, moved: Moved) -> None:
+        now = self._clock()
+        if self._phase is not None:
+            self._phase_seconds[self._phase.value] = now - self._phase_since
+        self._phase, self._phase_since = moved.phase, now
+        log.info("phase %s: %s", moved.phase.value, moved.detail)
+        self.observer(moved)
+
+    def _tell_progress(self, machine: Round, index: int) -> None:
+        answered, awaited = machine.progress
+        self.observer(
+            Progress(
+                round=machine.spec.call.round,
+                index=index,
+                phase=machine.phase.value,
+                detail="",
+                answered=answered,
+                awaited=awaited,
+                present=len(self.registry.present),
+            )
+        )
+
+    # -- a run ------------------------------------------------------------------------------------
+
+    async def play(
+        self,
+        run: Run,
+        *,
+        on_sum: Callable[[int, Completed], None] = lambda round_id, completed: None,
+        stop: asyncio.Event | None = None,
+    ) -> RunState:
+        """All rounds of a run, from where its directory says it stands. Returns its last state.
+
+        Every attempt counts as a round, completed or abandoned; an abandoned one leaves the model
+        as it is. on_sum: told every decoded ring sum, for simulations that know the plaintext.
+        """
+        await self._stored(run.begin)
+        desk = UploadDesk(run.directory.spool)
+        while run.rounds_left and not (stop and stop.is_set()):
+            self._blobs.offer(run.blobs())
+            round_id = await self._stored(self._counter.next)
+            await self._stored(desk.open)
+            spec = run.spec(self._trust.fleet, round_id)
+            outcome = await self.run_round(spec, run.index, desk)
+            if outcome.completed is not None:
+                on_sum(round_id, outcome.completed)
+            outcome = await self._absorb(run, outcome)
+            await self._stored(run.save)
+            if outcome.completed is not None:
+                await self._announce(run, outcome.completed)
+            self.observer(outcome)
+        await self._stored(run.end)
+        return run.state
+
+    async def _absorb(self, run: Run, outcome: RoundOutcome) -> RoundOutcome:
+        return await self._in_thread(lambda: run.absorb(outcome))
+
+    async def _stored(self, write: Callable[[], T]) -> T:
+        """Do it, and when the disk refuses, keep everything and try again until it works."""
+        while True:
+            try:
+                return await self._in_thread(write)
+            except StorageError as error:
+                log.error("%s; trying again in %g s", error, RETRY_STORAGE_S)
+                await asyncio.sleep(RETRY_STORAGE_S)
+
+    async def _announce(self, run: Run, completed: Completed) -> None:
+        """Message 9. Lost or late, it costs nothing: the next call says the same."""
+        if self._last_round is not None:
+            actions = self._last_round.publish_result(run.model_digest, completed.ring_sum)
+            await self._carry_out(actions)

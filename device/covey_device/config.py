@@ -1,0 +1,77 @@
+"""device.toml: everything that an owner can set, as frozen types that mirror the file."""
+
+from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta
+
+from covey_device.data import DataConfig
+from covey_shared import config
+from covey_shared.config import Config
+from covey_shared.errors import ConfigError
+
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$")]
+HexKey = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+PositiveFloat = Annotated[float, Meta(gt=0)]
+PositiveInt = Annotated[int, Meta(ge=1)]
+
+
+class BrokerConfig(Config, frozen=True):
+    """[broker]: where the fleet meets. password_file: its first line is the password."""
+
+    url: str
+    username: str | None = None
+    password_file: str | None = None
+    keepalive_s: Annotated[int, Meta(ge=5, le=3600)] = 60
+
+
+class TrustConfig(Config, frozen=True):
+    """[trust]: the two public keys this device believes, in hexadecimal."""
+
+    fleet_ca: HexKey
+    coordinator: HexKey
+
+
+class LimitsConfig(Config, frozen=True):
+    """[limits]: the most this device gives to one round, whatever a round asks for."""
+
+    max_batches: PositiveInt = 10_000
+    max_seconds: PositiveFloat = 600.0
+    max_memory_mb: PositiveInt = 400
+    threads: Annotated[int, Meta(ge=1, le=64)] = 1
+
+
+class PolicyConfig(Config, frozen=True):
+    """[policy]: rounds this device refuses, whatever the coordinator says."""
+
+    min_cohort: Annotated[int, Meta(ge=2, le=128)] = 3
+    max_weight: PositiveInt = 1_000_000
+    max_revisions: Annotated[int, Meta(ge=0)] = 8
+
+
+class DeviceConfig(Config, frozen=True):
+    """device.toml. Paths in it are relative to the file."""
+
+    fleet: Name
+    device: Name
+    broker: BrokerConfig
+    trust: TrustConfig
+    data: DataConfig
+    identity: str = "identity.key"
+    certificate: str = "certificate"
+    state: str = "state"
+    limits: LimitsConfig = LimitsConfig()
+    policy: PolicyConfig = PolicyConfig()
+
+
+def load(path: Path) -> DeviceConfig:
+    """Read device.toml. Raises ConfigError that names the file and the key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist; `covey device add NAME` on the coordinator writes one"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    return config.parse(text, DeviceConfig, file=str(path))

@@ -1,0 +1,388 @@
+"""The device's loop: the session's actions carried out over a transport, training beside it.
+
+Everything that decides is in `session`; here are only the queue, the threads and the network. One
+worker hands messages to the session in their order; one sender publishes in order; training runs in
+a thread of its own, so that a device in training still does its committee duties.
+"""
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from covey_device.blobs import BlobFetcher, Ranges
+from covey_device.config import DeviceConfig
+from covey_device.keystore import MemoryFile
+from covey_device.session import (
+    Action,
+    Ended,
+    Fetch,
+    Prepared,
+    Publish,
+    Save,
+    Session,
+    StopTraining,
+    Train,
+    Upload,
+)
+from covey_device.trainer import Trainer, TrainResult, Work, load_trainer
+from covey_shared import chunks, wire
+from covey_shared.errors import (
+    CoveyError,
+    LocalProtocolError,
+    MalformedError,
+    RefusedError,
+    RemoteProtocolError,
+    StorageError,
+    TransportError,
+)
+from covey_shared.keys import Rng, SigningKey
+from covey_shared.layout import Flat
+from covey_shared.messages import DeviceId, Head, Message, RoundCall, WantBlob
+from covey_shared.mqtt import publish_all
+from covey_shared.plan import (
+    MAX_GRAPH_BYTES,
+    MAX_HEADER_BYTES,
+    PlanHeader,
+    check_graph,
+    decode_header,
+    plan_hash,
+)
+from covey_shared.topics import OFFLINE, ONLINE, Topics
+from covey_shared.transport import Incoming, Transport
+from covey_shared.wire import Signed
+
+log = logging.getLogger("covey.device")
+
+T = TypeVar("T")
+
+MAX_INBOX = 10_000
+"""Messages waiting for the session. A flood beyond that is dropped; what mattered is repeated."""
+
+METRICS = ("loss",)
+"""What rides along with an update, masked like it: the mean training loss."""
+
+TrainerFactory = Callable[[PlanHeader, bytes], Trainer]
+
+
+class DeviceService:
+    """One device. transport: not started yet. pool: threads for the protocol's arithmetic.
+
+    train_pool: threads for training; a simulated fleet shares one among its devices, so that no
+    more train at once than there are cores. None: the event loop's own.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        identity: SigningKey,
+        fleet: str,
+        transport: Transport,
+        memory: MemoryFile | None,
+        make_trainer: TrainerFactory,
+        *,
+        limits: Work,
+        rng: Rng,
+        pool: Executor | None = None,
+        train_pool: Executor | None = None,
+    ) -> None:
+        self._session = session
+        self._identity = identity
+        self.device: DeviceId = session.device
+        self._topics = Topics(fleet)
+        self._fleet = fleet
+        self.transport = transport
+        self._memory = memory
+        self._make_trainer = make_trainer
+        self._limits = limits
+        self._rng = rng
+        self._pool, self._train_pool = pool, train_pool
+        self._lock = asyncio.Lock()
+        self._inbox: asyncio.Queue[bytes] = asyncio.Queue(MAX_INBOX)
+        self._outbox: asyncio.Queue[Publish | Upload] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._round_tasks: set[asyncio.Task[None]] = set()
+        self._stop_training = threading.Event()
+        self._training = asyncio.Lock()
+        self._plan: tuple[bytes, PlanHeader, Trainer] | None = None
+        self._model: tuple[bytes, Flat] | None = None
+        self._blobs = BlobFetcher(transport, self._topics, self._ask)
+        self._blob_prefix = self._topics.blob(b"")
+        self.on_ended: Callable[[Ended], None] = lambda ended: None
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop`."""
+        await self.start()
+        try:
+            await stop.wait()
+        finally:
+            await self.close()
+
+    async def start(self) -> None:
+        """Connect, and go on connecting; returns at once."""
+        topics = self._topics
+        await self.transport.start(self._on_message, self._on_connected, self._on_disconnected)
+        await self.transport.subscribe(topics.round, topics.all, topics.inbox(self.device))
+        self._spawn(self._tasks, self._work())
+        self._spawn(self._tasks, self._send())
+
+    async def close(self, *, graceful: bool = True) -> None:
+        """Stop. graceful=False: as if the plug were pulled."""
+        self._stop_training.set()
+        for task in [*self._tasks, *self._round_tasks]:
+            task.cancel()
+        if graceful:
+            with contextlib.suppress(TransportError, TimeoutError):
+                async with asyncio.timeout(2):
+                    await self.transport.publish(
+                        self._topics.presence(self.device), OFFLINE, retain=True
+                    )
+        await self.transport.stop(graceful=graceful)
+
+    def _spawn(self, group: set[asyncio.Task[None]], work: Awaitable[None]) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except (asyncio.CancelledError, TransportError):
+                pass
+            except Exception:
+                log.exception("%s: a task failed; the service goes on", self.device)
+
+        task = asyncio.ensure_future(guarded())
+        group.add(task)
+        task.add_done_callback(group.discard)
+
+    # -- the network ------------------------------------------------------------------------------
+
+    def _on_message(self, incoming: Incoming) -> None:
+        if not incoming.payload:
+            return  # a retained message was cleared
+        try:
+            if incoming.topic.startswith(self._blob_prefix):
+                self._blobs.feed(incoming.payload)
+            else:
+                self._inbox.put_nowait(incoming.payload)
+        except RemoteProtocolError as error:
+            log.debug("%s: dropped on %s: %s", self.device, incoming.topic, error)
+        except asyncio.QueueFull:
+            log.warning("%s: flooded on %s; dropped a message", self.device, incoming.topic)
+
+    async def _on_connected(self) -> None:
+        log.info("%s: connected", self.device)
+        self._spawn(
+            self._tasks,
+            self.transport.publish(self._topics.presence(self.device), ONLINE, retain=True),
+        )
+
+    def _on_disconnected(self, reason: str) -> None:
+        log.warning("%s: %s", self.device, reason)
+
+    async def _ask(self, digest: bytes, ranges: Ranges) -> None:
+        want = WantBlob(fleet=self._fleet, device=self.device, blob=digest, ranges=ranges)
+        signed = wire.sign(want, self._identity)
+        await self.transport.publish(self._topics.outbox(self.device), signed.envelope)
+
+    # -- the session ------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        while True:
+            data = await self._inbox.get()
+            try:
+                await self._do(lambda data=data: self._session.receive(data))  # type: ignore[misc]
+            except RemoteProtocolError as error:
+                log.debug("%s: refused a message: %s", self.device, error)
+
+    async def _do(self, step: Callable[[], list[Action]]) -> None:
+        """Run a step of the session in a thread, one at a time, and carry its actions out."""
+        async with self._lock:
+            actions = await self._in_thread(self._pool, step)
+            for position, action in enumerate(actions):
+                try:
+                    await self.perform(action)
+                except StorageError as error:
+                    # What could not be saved must not be acted on: the rest of the list is dropped.
+                    log.error("%s: %s", self.device, error)
+                    await self._give_up(actions[position + 1 :], str(error))
+                    return
+
+    async def _give_up(self, dropped: list[Action], reason: str) -> None:
+        round_id = self._session.round_id
+        if round_id is not None:
+            for action in self._session.leave(round_id, reason):
+                if not isinstance(action, Save):
+                    await self.perform(action)
+        log.debug("%s: dropped %d actions", self.device, len(dropped))
+
+    @staticmethod
+    async def _in_thread(pool: Executor | None, step: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, step)
+
+    async def perform(self, action: Action) -> None:
+        """Carry one action out. A simulation overrides this to make things go wrong."""
+        match action:
+            case Publish() | Upload():
+                self._outbox.put_nowait(action)
+            case Save(memory):
+                if self._memory is not None:
+                    await self._in_thread(None, lambda: self._memory_file().save(memory))
+            case Fetch(call):
+                # What an earlier round still fetched or uploaded is of no use any more.
+                self._stop_training.set()
+                for task in self._round_tasks:
+                    task.cancel()
+                self._spawn(self._round_tasks, self._fetch(call))
+            case Train(round_id, head):
+                self._stop_training.set()
+                stop = self._stop_training = threading.Event()
+                log.info("%s: round %d: training", self.device, round_id)
+                self._spawn(self._tasks, self._train(round_id, head, stop))
+            case StopTraining():
+                self._stop_training.set()
+            case Ended():
+                log.info("%s: round %d: %s", self.device, action.round_id, action.outcome)
+                self.on_ended(action)
+
+    def _memory_file(self) -> MemoryFile:
+        if self._memory is None:
+            raise LocalProtocolError("this device has no state directory")
+        return self._memory
+
+    async def _send(self) -> None:
+        topics = self._topics
+        while True:
+            action = await self._outbox.get()
+            if isinstance(action, Publish):
+                await self.send(action.message)
+            else:
+                blob = chunks.blob_of(action.payload)
+                indices = (
+                    range(blob.n_chunks)
+                    if action.ranges is None
+                    else [i for a, n in action.ranges for i in range(a, min(a + n, blob.n_chunks))]
+                )
+                topic = topics.upload(self.device)
+                frames = ((topic, chunks.frame(blob, i)) for i in indices)
+                # Beside the sender: a long upload must not hold up votes and reveals.
+                self._spawn(self._round_tasks, publish_all(self.transport, frames))
+
+    async def send(self, message: Signed[Message]) -> None:
+        """Publish one signed message; returns when the broker has it."""
+        await self.transport.publish(self._topics.outbox(self.device), message.envelope)
+
+    # -- plan, model, training --------------------------------------------------------------------
+
+    async def _fetch(self, call: RoundCall) -> None:
+        try:
+            header = await self._fetch_plan(call)
+            if call.model_bytes != 4 * header.n_params:
+                raise RefusedError(
+                    f"the called model has {call.model_bytes} bytes; the plan's has "
+                    f"{4 * header.n_params}"
+                )
+            if self._model is None or self._model[0] != call.model:
+                data = await self._blobs.fetch(
+                    call.model, call.model_bytes, limit=4 * header.n_params
+                )
+                self._model = (call.model, np.frombuffer(data, dtype="<f4").astype(np.float32))
+        except CoveyError as error:
+            log.warning("%s: round %d: %s", self.device, call.round, error)
+            reason = str(error)
+            await self._do(lambda: self._session.leave(call.round, reason))
+            return
+        except Exception as error:
+            # A data source is the owner's own code: whatever it does costs this round and no more.
+            log.exception("%s: round %d: cannot prepare", self.device, call.round)
+            reason = f"unexpected {type(error).__name__} while preparing; see the device's log"
+            await self._do(lambda: self._session.leave(call.round, reason))
+            return
+        prepared = Prepared(header.n_params, len(header.hyperparameters), len(METRICS))
+        await self._do(lambda: self._session.ready(call.round, prepared))
+
+    async def _fetch_plan(self, call: RoundCall) -> PlanHeader:
+        if self._plan is not None and self._plan[0] == call.plan:
+            return self._plan[1]
+        data = await self._blobs.fetch(call.plan, call.plan_bytes, limit=MAX_HEADER_BYTES)
+        if plan_hash(data) != call.plan:
+            raise MalformedError("the plan's header does not match its hash")
+        header = decode_header(data)
+        graph = await self._blobs.fetch(
+            bytes.fromhex(header.train.sha256), header.train.size, limit=MAX_GRAPH_BYTES
+        )
+        check_graph(header.train, graph, "train.onnx")
+        trainer = await self._in_thread(self._pool, lambda: self._make_trainer(header, graph))
+        self._plan = (call.plan, header, trainer)
+        return header
+
+    async def _train(self, round_id: int, head: Head, stop: threading.Event) -> None:
+        try:
+            async with self._training:  # one at a time: an earlier round's may be stopping still
+                result = await self._in_thread(self._train_pool, lambda: self._trained(head, stop))
+        except (CoveyError, MemoryError) as error:
+            log.warning("%s: round %d: %s", self.device, round_id, error)
+            reason = str(error) or "out of memory"
+            await self._do(lambda: self._session.training_failed(round_id, reason))
+            return
+        except Exception as error:
+            log.exception("%s: round %d: cannot train", self.device, round_id)
+            reason = f"unexpected {type(error).__name__} in training; see the device's log"
+            await self._do(lambda: self._session.training_failed(round_id, reason))
+            return
+        log.info(
+            "%s: round %d: trained %d batches in %.1f s (ended by %s)",
+            self.device, round_id, result.batches, result.seconds, result.stopped_by,
+        )  # fmt: skip
+        metrics = (min(result.loss, head.metric_clips[0]),)
+        await self._do(
+            lambda: self._session.trained(round_id, result.delta, result.examples, metrics)
+        )
+
+    def _trained(self, head: Head, stop: threading.Event) -> TrainResult:
+        """In a training thread."""
+        if self._plan is None or self._model is None or self._plan[0] != head.plan:
+            raise LocalProtocolError("training without the round's plan and model")
+        _, header, trainer = self._plan
+        names = [hyper.name for hyper in header.hyperparameters]
+        work = Work(
+            batches=min(head.work.batches, self._limits.batches),
+            batch_size=head.work.batch_size,
+            max_seconds=min(head.work.seconds, self._limits.max_seconds),
+            max_resident_bytes=self._limits.max_resident_bytes,
+            hyper=dict(zip(names, head.work.hyper, strict=True)),
+        )
+        seed = int.from_bytes(self._rng(8), "big")
+        return trainer.train(
+            self._model[1],
+            work,
+            clock=time.monotonic,
+            rng=np.random.default_rng(seed),
+            stop=stop.is_set,
+        )
+
+
+def trainer_factory(config: DeviceConfig, base: Path) -> TrainerFactory:
+    """Trainers on this device's configured data. base: the configuration file's folder."""
+
+    def make(header: PlanHeader, train_graph: bytes) -> Trainer:
+        return load_trainer(header, train_graph, config.data, base, config.limits.threads)
+
+    return make
+
+
+def limits_of(config: DeviceConfig) -> Work:
+    """The owner's limits as the most work of one round."""
+    limits = config.limits
+    return Work(
+        batches=limits.max_batches,
+        batch_size=1,
+        max_seconds=limits.max_seconds,
+        max_resident_bytes=limits.max_memory_mb * 1_000_000,
+    )
