@@ -1,0 +1,81 @@
+# Two commands matter on a fresh machine: `make demo` and `make test`. Both do their own set-up.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+JOBS ?= 2
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# pip warns about configured locations that do not hold a package; what matters is its exit status.
+QUIET := --quiet --quiet
+
+.PHONY: help
+help: ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras, older than pyproject.toml means install again.
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@echo "installing covey with everything for development into $(VENV) (torch is large) ..."
+	@$(PIP) install $(QUIET) --editable '.[dev]'
+	@touch $(VENV)/.dev $(VENV)/.demo
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	@echo "installing covey[demo] into $(VENV) ..."
+	@$(PIP) install $(QUIET) --editable '.[demo]'
+	@touch $@
+
+.PHONY: setup
+setup: $(VENV)/.dev ## everything for development, into .venv
+
+.PHONY: demo
+demo: $(VENV)/.demo ## a fleet of simulated devices trains on real data (options: ARGS="--devices 20")
+	@$(BIN)/covey demo $(ARGS)
+
+.PHONY: test
+test: setup ## all tests but those marked slow
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
+
+.PHONY: test-slow
+test-slow: setup ## the tests that take longer
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+.PHONY: check
+check: setup ## ruff, mypy (strict) and the architecture's laws
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+.PHONY: format
+format: setup ## put the code into shape
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+.PHONY: plans
+plans: setup ## compile the demo's plans anew from their torch models
+	@$(BIN)/python -m covey_fleet.models
+
+.PHONY: vectors
+vectors: setup ## write covey's own known-answer vectors anew (a change here changes the wire)
+	@$(BIN)/python tests/vectors/make.py
+
+.PHONY: docs
+docs: setup ## the generated parts of docs/protocol.md
+	@$(BIN)/python docs/generate.py
+
+.PHONY: benchmarks
+benchmarks: setup ## the benchmarks, with their bounds
+	@$(BIN)/python benchmarks/plan_step.py
+	@$(BIN)/python benchmarks/mask.py
+
+.PHONY: mutants
+mutants: setup ## remove each check of the protocol in turn: some test must go red
+	@$(BIN)/python tests/attacks/mutants.py
+
+.PHONY: clean
+clean: ## remove what the other targets made
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache covey-demo

@@ -1,0 +1,269 @@
+"""`covey`: the operator's command line. What it prints is for people; files are for programs."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import click
+
+from covey_shared import __version__
+from covey_shared.errors import CoveyError
+
+
+class Commands(click.Group):
+    """`covey`'s commands, and those that other packages add through the entry-point group
+    `covey.commands` (the demo does). Errors of ours end in one line, never in a traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Built in and added, by name."""
+        added = {point.name for point in entry_points(group="covey.commands")}
+        return sorted(added | set(super().list_commands(ctx)))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Built in, or loaded now."""
+        command = super().get_command(ctx, cmd_name)
+        if command is None:
+            for point in entry_points(group="covey.commands", name=cmd_name):
+                loaded: click.Command = point.load()
+                return loaded
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """One line on stderr and exit status 1 for an error of ours."""
+        try:
+            return super().invoke(ctx)
+        except CoveyError as error:
+            click.echo(f"covey: {error}", err=True)
+            ctx.exit(1)
+
+
+fleet_option = click.option(
+    "--fleet-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(),
+    envvar="COVEY_FLEET",
+    show_default="the current directory",
+    help="The fleet's directory, as `covey init` made it.",
+)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="covey")
+def main() -> None:
+    """Federated learning for fleets of Raspberry Pis, with secure aggregation.
+
+    The coordinator's side. On a device it is `covey-device`.
+    """
+
+
+@main.command()
+@click.argument("directory", type=click.Path(file_okay=False, path_type=Path), default=Path())
+@click.option("--fleet", default="fleet", show_default=True, help="The fleet's name.")
+@click.option(
+    "--broker",
+    type=click.Choice(["auto", "embedded", "mosquitto", "external"]),
+    default="auto",
+    show_default=True,
+    help="Which broker `covey up` runs; external: one that is there already (give --broker-url).",
+)
+@click.option("--broker-url", help="mqtt://host:port of an external broker.")
+@click.option("--port", type=click.IntRange(1, 65535), default=1883, show_default=True)
+def init(directory: Path, fleet: str, broker: Any, broker_url: str | None, port: int) -> None:
+    """Make a fleet: its authority, the coordinator's key and covey.toml, in DIRECTORY."""
+    from covey_coordinator.config import BrokerConfig
+    from covey_coordinator.fleet import FleetDirectory
+
+    if (broker == "external") != (broker_url is not None):
+        raise click.UsageError("--broker external and --broker-url go together")
+    config = BrokerConfig(kind=broker, url=broker_url, port=port)
+    made = FleetDirectory.create(directory, fleet, config)
+    click.echo(f"fleet {fleet} made in {made.path.absolute()}")
+    click.echo("next: covey device add NAME, then covey up")
+
+
+@main.group()
+def device() -> None:
+    """Devices of the fleet."""
+
+
+@device.command("add")
+@click.argument("name")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The device's .npz file, if it is on this machine.",
+)
+@click.option("--days", type=click.IntRange(1, 3650), default=365, show_default=True,
+              help="How long its certificate lasts.")  # fmt: skip
+@click.option("--broker-url", help="Where the device finds the broker, if not at this machine's.")
+@fleet_option
+def device_add(
+    name: str, data: Path | None, days: int, broker_url: str | None, fleet_dir: Path
+) -> None:
+    """Make a device's identity, certificate and device.toml.
+
+    Copy the printed directory to the device, and start it with `covey-device run`.
+    """
+    from covey_coordinator.fleet import FleetDirectory
+
+    directory = FleetDirectory(fleet_dir).add_device(
+        name, days=days, data=data, broker_url=broker_url
+    )
+    click.echo(f"device {name} added: {directory}")
+    if data is None:
+        click.echo(f"next: set [data] in {directory / 'device.toml'} to the device's own data")
+    click.echo(f"then: covey-device run --config {directory / 'device.toml'}")
+
+
+@device.command("list")
+@fleet_option
+def device_list(fleet_dir: Path) -> None:
+    """Devices, whether they are online, and until when their certificates last."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from covey_coordinator.fleet import FleetDirectory
+
+    status = _status(fleet_dir)
+    table = Table(box=None)
+    for column in ("device", "online", "certificate ends", "identity"):
+        table.add_column(column)
+    for entry in FleetDirectory(fleet_dir).devices():
+        online = "?" if status is None else "yes" if entry.name in status.present else "no"
+        ends = time.strftime("%Y-%m-%d", time.gmtime(entry.not_after_unix))
+        table.add_row(entry.name, online, ends, entry.identity.hex()[:16])
+    Console().print(table)
+
+
+@main.command()
+@click.option("-v", "--verbose", is_flag=True, help="Log every phase and refusal.")
+@fleet_option
+def up(verbose: bool, fleet_dir: Path) -> None:
+    """Run the broker and the coordinator, and play the runs that `covey run` queues."""
+    from covey_coordinator.daemon import Daemon
+    from covey_coordinator.fleet import FleetDirectory
+
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.WARNING,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+
+    def say(line: str) -> None:
+        click.echo(f"{time.strftime('%H:%M:%S')} {line}")
+
+    run_until_stopped(Daemon(FleetDirectory(fleet_dir), say).serve)
+
+
+def run_until_stopped(serve: Callable[[asyncio.Event], Any]) -> None:
+    """Run a service until SIGINT or SIGTERM asks it to stop."""
+
+    async def supervised() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        await serve(stop)
+
+    asyncio.run(supervised())
+
+
+@main.command()
+@click.argument("plan", type=click.Path(exists=True, path_type=Path))
+@click.option("--name", help="The run's name; by default its start time.")
+@click.option("--rounds", type=click.IntRange(1), help="Rounds to play.  [default: 20]")
+@click.option("--goal", type=click.IntRange(2, 128), help="Updates that are enough.  [default: 10]")
+@click.option("--minimum", type=click.IntRange(2, 128), help="Fewest in a sum.  [default: 3]")
+@click.option(
+    "--batches", type=click.IntRange(1), help="Batches per device and round.  [default: 10]"
+)
+@click.option("--batch-size", type=click.IntRange(1), help="[default: 32]")
+@click.option("--lr", type=float, help="The plan's learning rate, if not its default.")
+@click.option(
+    "--test",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A held-out .npz set (arrays features, labels) to evaluate every model on.",
+)
+@click.option("--detach", is_flag=True, help="Queue the run and return.")
+@fleet_option
+def run(plan: Path, name: str | None, detach: bool, fleet_dir: Path, **options: Any) -> None:
+    """Queue a run of PLAN and follow it. PLAN: a plan's directory, or a run.toml for everything
+    that the options do not cover."""
+    from covey_coordinator.follow import follow
+    from covey_coordinator.queueing import queue_run
+
+    directory = queue_run(fleet_dir, plan, name, options)
+    click.echo(f"run {directory.name} queued")
+    status = _status(fleet_dir)
+    if status is None:
+        click.echo("no `covey up` runs in this fleet's directory: start it in another terminal")
+    elif not status.present:
+        click.echo("no device is online yet: start some with covey-device run")
+    if not detach and not follow(directory):
+        sys.exit(1)
+
+
+@main.command()
+@fleet_option
+def status(fleet_dir: Path) -> None:
+    """The fleet at a glance: broker, devices, runs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from covey_coordinator.config import load_fleet
+    from covey_coordinator.store import RunDirectory
+
+    config, now = load_fleet(fleet_dir), _status(fleet_dir)
+    console = Console()
+    console.print(f"fleet {config.fleet} in {fleet_dir.absolute()}", soft_wrap=True)
+    if now is None:
+        console.print("coordinator: not running (covey up)")
+    else:
+        connected = "connected" if now.connected else "not connected"
+        console.print(f"coordinator: running, {connected} to broker {now.broker}", soft_wrap=True)
+        console.print(f"online: {', '.join(now.present) or 'no device'}", soft_wrap=True)
+    if (fleet_dir / "ca" / "ca.key").exists():
+        console.print(
+            "the fleet CA's key is on this machine: whoever takes it over can invent devices",
+            soft_wrap=True,
+        )
+    table = Table(box=None)
+    for column in ("run", "status", "rounds", "completed", "abandoned", "note"):
+        table.add_column(column)
+    for path in sorted((fleet_dir / "runs").glob("*/state.json")):
+        state = RunDirectory(path.parent).state()
+        table.add_row(
+            path.parent.name, state.status, str(state.rounds_done), str(state.rounds_completed),
+            str(state.rounds_abandoned), state.message,
+        )  # fmt: skip
+    console.print(table)
+
+
+def _status(fleet_dir: Path) -> Any:
+    """What a running `covey up` last said; None if none is running."""
+    import msgspec
+
+    from covey_coordinator.daemon import Status
+
+    try:
+        found = msgspec.json.decode((fleet_dir / "status.json").read_bytes(), type=Status)
+        os.kill(found.pid, 0)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return found
+
+
+def _add_plan_commands() -> None:
+    from covey_coordinator.plans.command import plan
+
+    main.add_command(plan)
+
+
+_add_plan_commands()

@@ -1,0 +1,95 @@
+"""From device.toml to a running device: the one place where the parts are put together."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from covey_device import config as configuration
+from covey_device.config import DeviceConfig
+from covey_device.keystore import MemoryFile, load_certificate, load_identity
+from covey_device.service import DeviceService, limits_of, trainer_factory
+from covey_device.session import Policy, Session
+from covey_shared.errors import ConfigError
+from covey_shared.keys import PublicKey, SigningKey
+from covey_shared.messages import DeviceId
+from covey_shared.mqtt import MqttTransport
+from covey_shared.secagg.cohort import Trust
+from covey_shared.topics import OFFLINE, Topics
+from covey_shared.transport import Will
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceParts:
+    """What a device is made of, read from disk and checked. base: device.toml's folder."""
+
+    config: DeviceConfig
+    base: Path
+    trust: Trust
+    identity: SigningKey
+    certificate: bytes
+    memory: MemoryFile
+    password: str | None
+
+
+def load_device(path: Path) -> DeviceParts:
+    """Read and check everything that device.toml names. Raises ConfigError or StorageError."""
+    config, base = configuration.load(path), path.parent
+    trust = Trust(
+        config.fleet,
+        PublicKey(bytes.fromhex(config.trust.fleet_ca)),
+        PublicKey(bytes.fromhex(config.trust.coordinator)),
+    )
+    identity = load_identity(base / config.identity)
+    certificate = load_certificate(
+        base / config.certificate, trust.ca, config.fleet, config.device, identity.public
+    )
+    password = None
+    if config.broker.password_file is not None:
+        password = _password(base / config.broker.password_file)
+    memory = MemoryFile(base / config.state)
+    return DeviceParts(config, base, trust, identity, certificate, memory, password)
+
+
+def _password(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").split("\n", 1)[0].strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"[broker].password_file {path} cannot be read: {error}") from error
+
+
+def assemble(parts: DeviceParts) -> DeviceService:
+    """A device service, not started."""
+    config = parts.config
+    device = DeviceId(config.device)
+    policy = Policy(
+        min_cohort=config.policy.min_cohort,
+        max_weight=config.policy.max_weight,
+        max_revisions=config.policy.max_revisions,
+    )
+    session = Session(
+        parts.trust,
+        parts.identity,
+        parts.certificate,
+        device,
+        policy,
+        parts.memory.load(),
+        os.urandom,
+    )
+    transport = MqttTransport(
+        config.broker.url,
+        f"{config.fleet}-{device}",
+        username=config.broker.username,
+        password=parts.password,
+        keepalive_s=config.broker.keepalive_s,
+        will=Will(Topics(config.fleet).presence(device), OFFLINE),
+    )
+    return DeviceService(
+        session,
+        parts.identity,
+        config.fleet,
+        transport,
+        parts.memory,
+        trainer_factory(config, parts.base),
+        limits=limits_of(config),
+        rng=os.urandom,
+    )
