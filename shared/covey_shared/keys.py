@@ -186,6 +186,20 @@ def _import_x25519(public: bytes) -> ECC.EccKey:
         raise RefusedError("not an X25519 public key, or one of low order") from error
 
 
+def check_agreement_key(public: bytes, *, owner: str) -> None:
+    """Raise RefusedError unless `public` is an X25519 key that is safe to agree with.
+
+    Not of low order, and in its one canonical form: RFC 7748 accepts several spellings of a key, and
+    a second one would pass for another key wherever keys are compared. owner: for the message.
+    """
+    try:
+        canonical = _import_x25519(public).export_key(format="raw") == public
+    except RefusedError as error:
+        raise RefusedError(f"{owner}: {error}") from error
+    if not canonical:
+        raise RefusedError(f"{owner}: an X25519 public key that is not in canonical form")
+
+
 def mask_key(seed: bytes) -> AgreementKey:
     """The key that pair masks come from. seed: the 16 bytes `s` that the committee shares."""
     return AgreementKey(hkdf(seed, salt=b"", info=b"mask"))

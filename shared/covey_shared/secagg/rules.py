@@ -8,7 +8,7 @@ coordinator's key only to know who is speaking, never that it speaks the truth.
 import math
 from dataclasses import dataclass
 
-from covey_shared import wire
+from covey_shared import keys, wire
 from covey_shared.errors import RefusedError
 from covey_shared.messages import (
     Certificate,
@@ -66,7 +66,15 @@ def verified_check_in(envelope: bytes, trust: Trust, now_unix: int) -> tuple[Che
         raise RefusedError(
             f"the certificate of {check_in.device} has ended", sender=check_in.device
         )
+    # One bad key would make every other device's sealing or masking fail.
+    for public in (check_in.pk_mask, check_in.pk_seal):
+        keys.check_agreement_key(public, owner=check_in.device)
     return check_in, certificate.identity
+
+
+def keys_of(check_in: CheckIn, identity: bytes) -> tuple[bytes, ...]:
+    """What must be a device's own, and no other's in the cohort."""
+    return identity, check_in.pk_mask, check_in.pk_seal, check_in.self_mask_commitment
 
 
 def verified_cohort(manifest: Signed[Manifest], trust: Trust) -> Cohort:
@@ -79,11 +87,16 @@ def verified_cohort(manifest: Signed[Manifest], trust: Trust) -> Cohort:
         raise RefusedError(f"the head says {head.n} check-ins, the manifest has {len(envelopes)}")
     if check_ins_digest(envelopes) != head.check_ins:
         raise RefusedError("the manifest's check-ins are not those its head names")
-    peers = []
+    peers: list[Peer] = []
+    seen: set[bytes] = set()
     for index, envelope in enumerate(envelopes):
         check_in, identity = verified_check_in(envelope, trust, head.issued_unix)
         if (check_in.run, check_in.round) != (head.run, head.round):
             raise RefusedError(f"check-in of {check_in.device} is of another round")
+        for value in keys_of(check_in, identity):
+            if value in seen:
+                raise RefusedError(f"a key of {check_in.device} appears twice in the manifest")
+            seen.add(value)
         peers.append(
             Peer(
                 index=index,
@@ -97,12 +110,6 @@ def verified_cohort(manifest: Signed[Manifest], trust: Trust) -> Cohort:
     names = [peer.device for peer in peers]
     if names != sorted(set(names)):
         raise RefusedError("the manifest's check-ins are not sorted, or name a device twice")
-    seen: set[bytes] = set()
-    for peer in peers:
-        for value in (peer.identity, peer.pk_mask, peer.pk_seal, peer.self_mask_commitment):
-            if value in seen:
-                raise RefusedError(f"a key of {peer.device} appears twice in the manifest")
-            seen.add(value)
     index_by_name = {peer.device: peer.index for peer in peers}
     return Cohort(manifest_digest(head), head, tuple(peers), envelopes, index_by_name)
 
@@ -123,6 +130,7 @@ def _check_head(head: Head, trust: Trust) -> None:
         raise RefusedError(f"the manifest has {head.n} devices and wants at least {head.n_min}")
     if (problem := encoding_of(head).problem()) is not None:
         raise RefusedError(f"the manifest's encoding is unusable: {problem}")
+    keys.check_agreement_key(head.pk_reveal, owner="the coordinator")
     if not all(math.isfinite(value) for value in head.work.hyper):
         raise RefusedError("the manifest's hyper-parameters are not finite")
 
