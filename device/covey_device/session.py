@@ -59,7 +59,7 @@ class Phase(enum.Enum):
     TRAINED = "trained"  # update ready, no roster yet
     WITHDRAWN = "withdrawn"  # no update to give, no roster yet; still serves
     ROSTERED = "rostered"  # roster stands, still training
-    SERVING = "serving"  # uploaded or withdrawn; waits for the view
+    SERVING = "serving"  # uploaded, withdrawn or left out; waits for the view
     VOTED = "voted"  # signed the one view
     REVEALED = "revealed"  # gave up the shares that the view allows
 
@@ -72,6 +72,7 @@ class Event(enum.Enum):
     MANIFEST = "manifest"
     DELIVERY = "delivery"
     ROSTER = "roster"
+    LEFT_OUT = "roster without this device"
     UPDATE = "update trained"
     NO_UPDATE = "training failed"
     PROPOSAL = "view proposal"
@@ -91,18 +92,21 @@ TRANSITIONS: dict[Phase, dict[Event, Phase]] = {
         _E.UPDATE: _P.TRAINED,
         _E.NO_UPDATE: _P.WITHDRAWN,
         _E.ROSTER: _P.ROSTERED,
+        _E.LEFT_OUT: _P.SERVING,
         _E.END: _P.IDLE,
     },
     _P.TRAINED: {
         _E.CALL: _P.FETCHING,
         _E.DELIVERY: _P.TRAINED,
         _E.ROSTER: _P.SERVING,
+        _E.LEFT_OUT: _P.SERVING,
         _E.END: _P.IDLE,
     },
     _P.WITHDRAWN: {
         _E.CALL: _P.FETCHING,
         _E.DELIVERY: _P.WITHDRAWN,
         _E.ROSTER: _P.SERVING,
+        _E.LEFT_OUT: _P.SERVING,
         _E.END: _P.IDLE,
     },
     _P.ROSTERED: {
@@ -335,8 +339,10 @@ class Session:
             raise RefusedError(f"a call for fleet {call.fleet!r}")
         if call.round == self.round_id:
             return self._check_in_again()
-        if call.round <= self._memory.last_round:
-            return []  # over: the call is retained and comes with every connection
+        if call.round <= max(self._memory.last_round, self.round_id or 0):
+            # Over: the call is retained and comes with every connection. Or an old one played back
+            # while a newer round is being prepared: following it would undo `last_round`.
+            return []
         actions: list[Action] = []
         if self._round is not None:
             actions += self._end("another round was called", contributed=False)
@@ -409,6 +415,8 @@ class Session:
     def _delivery(self, current: _Round, message: Delivery) -> list[Action]:
         self._refuse_out_of_order(Event.DELIVERY, "delivery")
         participant, member = self._in_cohort(current)
+        if message.member != self.device:
+            raise OutOfOrderError(f"a delivery for {message.member}: the network misdirected it")
         if participant.roster is not None and participant.cohort is not None:
             standing = participant.cohort.bitmap(participant.roster)
             if message.u2 != standing:
@@ -421,6 +429,14 @@ class Session:
         self._refuse_out_of_order(Event.ROSTER, "roster")
         participant, _ = self._in_cohort(current)
         participant.accept_roster(message)
+        if not participant.on_roster:
+            # Our shares came too late for this round's sum; we still hold boxes of the others, who
+            # may need every member there is.
+            training = self.phase is Phase.TRAINING
+            participant.forget()
+            current.ring = None
+            self.phase = self._next(Event.LEFT_OUT)
+            return [StopTraining(current.call.message.round)] if training else []
         self.phase = self._next(Event.ROSTER)
         if self.phase is Phase.SERVING and current.ring is not None:
             return self._send_update(current)
@@ -429,6 +445,8 @@ class Session:
     def _proposal(self, current: _Round, message: ViewProposal) -> list[Action]:
         self._refuse_out_of_order(Event.PROPOSAL, "view proposal")
         participant, member = self._in_cohort(current)
+        if not member.has_voted_roster:
+            raise OutOfOrderError("a view proposal before this device's boxes")
         vote = member.vote_view(message, participant.roster, uploaded=current.payload is not None)
         actions: list[Action] = [Publish(vote)]
         if self.phase is Phase.ROSTERED:  # too slow: the view was fixed without us
@@ -525,12 +543,14 @@ class Session:
 
     def _decline(self, current: _Round, reason: str) -> Publish:
         call = current.call.message
+        # A reason may quote a file name that is not Unicode, which the wire could not carry.
+        reason = reason.encode("utf-8", "replace").decode()[:MAX_REASON_CHARS]
         decline = Decline(
             fleet=call.fleet,
             run=call.run,
             round=call.round,
             device=self.device,
-            reason=reason[:MAX_REASON_CHARS],
+            reason=reason,
         )
         return Publish(wire.sign(decline, self._identity))
 

@@ -87,9 +87,9 @@ class CommitteeMember:
         )
 
     @property
-    def has_voted_view(self) -> bool:
-        """Whether this round's one view is signed."""
-        return self._voted_view is not None
+    def has_voted_roster(self) -> bool:
+        """Whether this member has its boxes, and signed this round's one roster."""
+        return self._voted_roster is not None
 
     def vote_view(
         self, proposal: ViewProposal, roster: frozenset[int] | None, *, uploaded: bool

@@ -114,16 +114,19 @@ class Participant:
         return self._manifest == manifest.envelope
 
     def accept_roster(self, roster: Roster) -> None:
-        """Check the quorum behind the roster, and that we are on it."""
+        """Check the quorum behind the roster. Whether we are on it, `on_roster` says then."""
         cohort = self._cohort()
         if roster.h != cohort.h:
             raise RefusedError("a roster of another round or manifest")
         u2 = rules.check_roster(cohort, roster.votes, roster.u2)
-        if self.index not in u2:
-            raise RefusedError("this device is not on the roster")
         if self.roster is not None and self.roster != u2:
             raise RefusedError("a second, different roster for one round: equivocation")
         self.roster = u2
+
+    @property
+    def on_roster(self) -> bool:
+        """Whether a roster stands and names us: only then is there anyone to mask with."""
+        return self.roster is not None and self.index in self.roster
 
     def mask(self, ring: Ring) -> tuple[Signed[MaskedUpdate], bytes]:
         """Mask an encoded update and forget the seeds. Once a round: a second mask would reveal.
@@ -131,8 +134,8 @@ class Participant:
         ring: lane[n_coordinates], overwritten. Returns the signed digest and the packed payload.
         """
         cohort, roster, mask_key = self._cohort(), self.roster, self._mask_key
-        if roster is None:
-            raise LocalProtocolError("an update cannot be masked before the roster stands")
+        if roster is None or not self.on_roster:
+            raise LocalProtocolError("an update cannot be masked without a roster that names us")
         if self._masked or mask_key is None:
             raise LocalProtocolError("this round's update was masked already")
         self._masked = True
