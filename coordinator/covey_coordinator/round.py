@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from covey_shared import keys, wire
-from covey_shared.errors import LocalProtocolError, RefusedError
+from covey_shared.errors import LocalProtocolError, RefusedError, RemoteProtocolError
 from covey_shared.fixedpoint import Encoding, pack
 from covey_shared.keys import AgreementKey, Rng, SigningKey
 from covey_shared.masking import Ring
@@ -200,6 +200,7 @@ class Round:
         self._entered = self._last_sent = 0.0
         self._reveal_key = AgreementKey(rng(32))
         self._check_ins: dict[DeviceId, Signed[CheckIn]] = {}
+        self._key_owners: dict[bytes, DeviceId] = {}
         self._declined: dict[DeviceId, str] = {}
         self.cohort: Cohort | None = None
         self._shares: dict[int, Signed[Shares]] = {}
@@ -211,7 +212,8 @@ class Round:
         self._view_votes: dict[int, Signed[ViewVote]] = {}
         self._reveals: dict[int, Signed[Reveal]] = {}
         self._standing: list[Publish] = []  # what the phase keeps repeating to who has not answered
-        self._unmask_problem: NotEnoughSharesError | None = None
+        self._deliveries: list[Publish] = []  # repeated until their member votes
+        self._tried_to_unmask = False
 
     # -- what happens -----------------------------------------------------------------------------
 
@@ -237,15 +239,20 @@ class Round:
             case Shares() | RosterVote() | MaskedUpdate() | ViewVote() | Reveal():
                 actions = self._in_cohort(signed, sender)
             case _:
-                raise RefusedError(f"a {message.LABEL} is not for the coordinator", sender=sender)
+                raise RefusedError(f"a {message.LABEL} is not for the coordinator")
         return actions + self._advance(now, now_unix)
 
     def uploaded(self, device: DeviceId, payload: bytes, now: float, now_unix: int) -> list[Action]:
-        """The whole of an expected upload, its digest checked. Late ones are dropped."""
+        """The whole of an expected upload, its digest checked. Late ones are dropped.
+
+        Raises MalformedError, with nothing changed, for one that is not a packed update.
+        """
         cohort, aggregator = self.cohort, self._aggregator
         if self.phase is not Phase.COLLECT or cohort is None or aggregator is None:
             return []
         index = cohort.index_of(device)
+        if index not in self._updates:
+            raise LocalProtocolError(f"an upload of {device} that was not expected")
         if index not in aggregator.added:
             aggregator.add(index, payload)
         return self._advance(now, now_unix)
@@ -260,9 +267,18 @@ class Round:
         actions = self._advance(now, now_unix)
         if not self.over and now - self._last_sent >= self.spec.resend_s:
             self._last_sent = now
-            answered = self._answered_names()
-            actions += [p for p in self._standing if p.to is None or p.to not in answered]
+            actions += self._repeats()
         return actions
+
+    def _repeats(self) -> list[Publish]:
+        """What is sent again: what the phase waits for an answer to, and before it the boxes of
+        members without a roster vote. A phase ends with a quorum; who missed it may be needed yet."""
+        answered = self._answered_names()
+        standing = [p for p in self._standing if p.to is None or p.to not in answered]
+        if self.cohort is None or self.phase is Phase.ROSTER:
+            return standing
+        lacking = self._present - set(self.cohort.names(set(self._roster_votes)))
+        return [p for p in self._deliveries if p.to in lacking] + standing
 
     def abandon(self, reason: str) -> list[Action]:
         """Give the round up, for a reason outside of it."""
@@ -318,6 +334,12 @@ class Round:
         if before is not None:
             return [Fault(sender, "two different check-ins for one round: equivocation")]
         if self.phase is Phase.GATHER:
+            # One copied key would make every device refuse the manifest. Whoever comes second is
+            # kept out; which of the two copied is not known.
+            values = rules.keys_of(check_in, identity)
+            if len(set(values)) < len(values) or self._key_owners.keys() & set(values):
+                raise RefusedError(f"{sender} checks in with a key that appears twice")
+            self._key_owners.update(dict.fromkeys(values, sender))
             self._declined.pop(sender, None)
             self._check_ins[sender] = signed
             self._present.add(sender)
@@ -333,6 +355,9 @@ class Round:
         if known is not None:
             _, identity = rules.verified_check_in(known.envelope, self._trust, 0)
             signed.check(identity, signer=sender)
+            if self.phase is Phase.GATHER:
+                del self._check_ins[sender]
+                self._key_owners = {k: d for k, d in self._key_owners.items() if d != sender}
         # Before its check-in nothing vouches for a decline; all it can do is save us waiting.
         self._declined[sender] = decline.reason
         return []
@@ -346,12 +371,11 @@ class Round:
             getattr(message, "device", None) or getattr(message, "member", None), sender
         )
         store, phase = self._store_of(message)
-        if _ORDER.index(self.phase) > _ORDER.index(phase):
+        late = _ORDER.index(self.phase) > _ORDER.index(phase)
+        if late and (self.over or not isinstance(message, RosterVote)):
             return []  # late, because a quorum was enough without it: harmless
-        if self.phase is not phase:
-            raise RefusedError(
-                f"a {message.LABEL} while the round is in phase {self.phase.value}", sender=sender
-            )
+        if self.phase is not phase and not late:
+            raise RefusedError(f"a {message.LABEL} while the round is in phase {self.phase.value}")
         before = store.get(index)
         if before is not None and before.envelope == signed.envelope:
             return []
@@ -516,7 +540,10 @@ class Round:
         chosen = sorted(self._choose(sorted(self._check_ins), limit))
         envelopes = tuple(self._check_ins[device].envelope for device in chosen)
         manifest = wire.sign(Manifest(self._head(envelopes, now_unix), envelopes), self._key)
-        self.cohort = rules.verified_cohort(manifest, self._trust)
+        try:
+            self.cohort = rules.verified_cohort(manifest, self._trust)
+        except RemoteProtocolError as error:  # a certificate that ended while we gathered
+            return self._abandon(f"the devices would refuse this manifest: {error}")
         return self._enter(Event.ENOUGH, now, f"cohort of {len(chosen)}", Publish(manifest))
 
     def _choose(self, names: list[DeviceId], limit: int) -> list[DeviceId]:
@@ -572,11 +599,12 @@ class Round:
             return []
         cohort = self._cohort()
         u2 = frozenset(self._shares)
-        if len(u2) < max(cohort.threshold, cohort.head.n_min):
-            return self._abandon(self._too_few(cohort, len(u2), "sent their shares"))
+        needed = max(cohort.threshold, cohort.head.n_min)
+        if len(u2) < needed:
+            return self._abandon(self._too_few(cohort, len(u2), "sent their shares", needed))
         self.roster = u2
         bitmap = cohort.bitmap(u2)
-        deliveries = [
+        self._deliveries = [
             Publish(
                 wire.sign(
                     Delivery(
@@ -591,7 +619,7 @@ class Round:
             )
             for peer in cohort.peers
         ]
-        return self._enter(Event.ENOUGH, now, f"{len(u2)} of {cohort.n} shared", *deliveries)
+        return self._enter(Event.ENOUGH, now, f"{len(u2)} of {cohort.n} shared", *self._deliveries)
 
     def _end_roster(self, now: float, now_unix: int) -> list[Action]:
         cohort, t = self._cohort(), self._cohort().threshold
@@ -603,9 +631,12 @@ class Round:
                 return []
             if len(votes) < t:
                 return self._abandon(self._too_few(cohort, len(votes), "confirmed the roster"))
-            blamed = tuple(cohort.names(set(unread)))
+            # Up to n - t members may lie; that more of them deny a box, only its sender can cause.
+            denied = {i for i in unread if sum(i not in r for r in readable) > cohort.n - t}
             return self._abandon(
-                f"fewer than {t} members can open the shares of {', '.join(blamed)}", blamed
+                f"fewer than {t} members can open the shares of "
+                f"{', '.join(cohort.names(set(unread)))}",
+                tuple(cohort.names(denied)),
             )
         self._aggregator = Aggregator(cohort, self.roster, self._reveal_key)
         self._shares.clear()
@@ -636,12 +667,16 @@ class Round:
         proposal = ViewProposal(
             h=cohort.h, u2=cohort.bitmap(self.roster), u3=cohort.bitmap(self.view)
         )
-        return self._enter(
+        # A device without the roster cannot vote for the view, so that stays among the repeats.
+        roster = self._standing
+        actions = self._enter(
             Event.ENOUGH,
             now,
             f"{len(u3)} of {len(self.roster)} updates",
             Publish(wire.sign(proposal, self._key)),
         )
+        self._standing = [*roster, *self._standing]
+        return actions
 
     def _end_view(self, now: float, now_unix: int) -> list[Action]:
         cohort = self._cohort()
@@ -650,9 +685,13 @@ class Round:
                 return []
             return self._abandon(self._too_few(cohort, len(self._view_votes), "confirmed the view"))
         view = View(h=cohort.h, u3=cohort.bitmap(self.view), votes=self._quorum(self._view_votes))
-        return self._enter(
+        # Only who voted may reveal: roster and proposal stay among the repeats.
+        before = self._standing
+        actions = self._enter(
             Event.ENOUGH, now, f"view of {len(self.view)}", Publish(wire.sign(view, self._key))
         )
+        self._standing = [*before, *self._standing]
+        return actions
 
     def _end_unmask(self, now: float, now_unix: int) -> list[Action]:
         cohort, aggregator = self._cohort(), self._aggregator
@@ -663,15 +702,20 @@ class Round:
             if not waited:
                 return []
             return self._abandon(self._too_few(cohort, len(self._reveals), "revealed their shares"))
+        if self._tried_to_unmask and not waited:
+            return []
         try:
             ring_sum = aggregator.finish()
         except NotEnoughSharesError as error:
+            # More reveals may mend it. Looking for the liar is slow, so that we look once now and
+            # once more when everyone who is there has revealed.
+            self._tried_to_unmask = True
             if not waited:
-                return []  # more reveals may mend it
+                return []
             blamed = tuple(d for d in error.blamed if d in cohort)
             return self._abandon(str(error), tuple(DeviceId(d) for d in blamed))
         faults: list[Action] = [
-            Fault(DeviceId(device), "revealed shares that do not fit the commitment")
+            Fault(DeviceId(device), "revealed a share that fits no commitment, or was dealt one")
             for device in sorted(aggregator.liars)
         ]
         survivors = tuple(cohort.names(self.view))
@@ -686,8 +730,11 @@ class Round:
         chosen = sorted(votes)[: self._cohort().threshold]
         return tuple(votes[i].envelope for i in chosen)
 
-    def _too_few(self, cohort: Cohort, count: int, did: str) -> str:
-        return f"{count} of the committee's {cohort.n} members {did}; {cohort.threshold} are needed"
+    def _too_few(self, cohort: Cohort, count: int, did: str, needed: int = 0) -> str:
+        return (
+            f"{count} of the committee's {cohort.n} members {did}; "
+            f"{needed or cohort.threshold} are needed"
+        )
 
     def _cohort(self) -> Cohort:
         if self.cohort is None:

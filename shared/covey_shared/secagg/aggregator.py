@@ -17,21 +17,22 @@ from covey_shared.errors import LocalProtocolError, MalformedError, RefusedError
 from covey_shared.fixedpoint import unpack
 from covey_shared.keys import AgreementKey
 from covey_shared.masking import Ring, add_masks, pair_mask_key, self_mask_key
-from covey_shared.messages import Reveal
+from covey_shared.messages import DeviceId, Reveal
 from covey_shared.secagg.cohort import Cohort, Peer
 from covey_shared.secagg.committee import reveal_info
 from covey_shared.wire import Signed
 
-# How many sets of share holders are tried when a recovered secret does not match its commitment.
-# With one liar among 2n/3 + 1 of n holders, the first few already leave it out.
+# How many sets of share holders are tried when a recovered secret does not match its commitment: in a
+# cohort of 128 that many take a few seconds. One liar is always found, several if they sit together.
 MAX_SUBSETS = 200
 
 
 class NotEnoughSharesError(RefusedError):
     """A secret cannot be recovered (yet): too few shares, or too many wrong ones.
 
-    blamed: devices the protocol can name: members whose share was wrong, or the device whose shares
-    are inconsistent with its commitment.
+    blamed: the device whose shares are inconsistent with its commitment, if there were shares to
+    spare and the same members' shares of the other devices fit. Members who conspire could still
+    bring that about, as many of them as there were shares to spare, and one more.
     """
 
     def __init__(self, message: str, blamed: Sequence[str] = ()) -> None:
@@ -50,6 +51,8 @@ class Aggregator:
         self._sum: Ring | None = np.zeros(self._encoding.n_coordinates, self._encoding.lane)
         self._added: set[int] = set()
         self._shares: dict[int, dict[int, bytes]] = {}  # holder -> target -> share
+        # Holders of a share that does not lie on the polynomial of t others. They revealed wrongly, or
+        # were dealt wrongly: which of the two, these shares cannot tell.
         self.liars: set[str] = set()
 
     @property
@@ -92,7 +95,9 @@ class Aggregator:
         )
         size = keys.SEED_BYTES
         if len(plaintext) != size * len(present):
-            raise MalformedError(f"{reveal.member} reveals a wrong number of shares")
+            raise MalformedError(
+                f"{reveal.member} reveals a wrong number of shares", sender=reveal.member
+            )
         self._shares[holder] = {
             target: plaintext[i * size : (i + 1) * size] for i, target in enumerate(present)
         }
@@ -144,12 +149,29 @@ class Aggregator:
             by_holders.setdefault(holders, []).append(target)
         secrets: dict[int, bytes] = {}
         for holders, group in by_holders.items():
-            chosen = holders[: self._cohort.threshold]
-            for target, secret in zip(group, self._combine(chosen, group), strict=True):
-                if not self._fits(target, secret):
-                    secret = self._search(holders, target)
-                secrets[target] = secret
+            left = self._combine_into(secrets, holders, group)
+            if left and len(left) > self._cohort.n - self._cohort.threshold:
+                suspects = []  # so many devices cannot all have dealt wrongly: members lie
+            else:
+                suspects = [self._cohort.peers[i].device for i in left]
+            while left:
+                secrets[left[0]] = self._search(holders, left[0], suspects)
+                # Who lied about one secret mostly lied about all: try the rest without them.
+                left = self._combine_into(secrets, holders, left[1:])
         return secrets
+
+    def _combine_into(
+        self, secrets: dict[int, bytes], holders: Sequence[int], targets: Sequence[int]
+    ) -> list[int]:
+        """Recover what t of the holders not known as liars can; return the targets that do not fit."""
+        peers, t = self._cohort.peers, self._cohort.threshold
+        chosen = [x for x in holders if peers[x].device not in self.liars][:t]
+        if not targets or len(chosen) < t:
+            return list(targets)
+        found = dict(zip(targets, self._combine(chosen, targets), strict=True))
+        fitting = {i: secret for i, secret in found.items() if self._fits(i, secret)}
+        secrets.update(fitting)
+        return [i for i in targets if i not in fitting]
 
     def _combine(self, holders: Sequence[int], targets: Sequence[int], at: int = 0) -> list[bytes]:
         shares: Mapping[int, Sequence[bytes]] = {
@@ -164,10 +186,18 @@ class Aggregator:
             return keys.self_mask_commitment(secret) == peer.self_mask_commitment
         return keys.mask_key(secret).public == peer.pk_mask
 
-    def _search(self, holders: tuple[int, ...], target: int) -> bytes:
+    def _search(self, holders: tuple[int, ...], target: int, suspects: Sequence[DeviceId]) -> bytes:
         """Some share is wrong: find t holders that agree with the commitment, name the others."""
         t = self._cohort.threshold
-        for chosen in itertools.islice(_subsets(holders, t), MAX_SUBSETS):
+        device = self._cohort.peers[target].device
+        if len(holders) == t:
+            raise NotEnoughSharesError(
+                f"the shares of {device}'s secret do not fit its commitment, and there are none to "
+                "spare: it shared wrongly, or a member revealed wrongly"
+            )
+        known = [x for x in holders if self._cohort.peers[x].device in self.liars]
+        ordered = (*(x for x in holders if x not in known), *known)
+        for chosen in itertools.islice(_subsets(ordered, t), MAX_SUBSETS):
             secret = self._combine(chosen, [target])[0]
             if self._fits(target, secret):
                 for holder in set(holders) - set(chosen):
@@ -175,11 +205,10 @@ class Aggregator:
                     if expected != self._shares[holder][target]:
                         self.liars.add(self._cohort.peers[holder].device)
                 return secret
-        device = self._cohort.peers[target].device
         raise NotEnoughSharesError(
             f"the shares of {device}'s secret do not fit its commitment: {device} shared wrongly, "
             "or too many members revealed wrongly",
-            blamed=(device,),
+            blamed=(device,) if device in suspects else (),
         )
 
 
