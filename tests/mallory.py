@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from covey_device import session as device
-from covey_shared import keys, wire
+from covey_shared import keys, sharing, wire
 from covey_shared.fixedpoint import Encoding, to_signed
 from covey_shared.messages import (
     CheckIn,
@@ -35,6 +35,7 @@ from covey_shared.secagg.aggregator import Aggregator
 from covey_shared.secagg.cohort import Cohort, check_ins_digest
 from covey_shared.secagg.committee import reveal_info
 from covey_shared.secagg.parameters import PRG, parameters_for
+from covey_shared.secagg.participant import box_info
 from covey_shared.wire import Signed
 from lab import NOW_UNIX, Lab
 
@@ -264,3 +265,37 @@ class Mallory:
 
     def payload_digest(self, name: DeviceId) -> bytes:
         return hashlib.sha256(self.payloads[name]).digest()
+
+
+def dealt_wrongly(lab: Lab, name: DeviceId, members: Iterable[DeviceId]) -> bytes:
+    """A device's message of shares in which these members' boxes open, but hold something else."""
+    inner = lab.sessions[name]._round
+    assert inner is not None
+    participant = inner.participant
+    assert participant is not None
+    cohort = participant._cohort()
+    t, n = cohort.threshold, cohort.n
+    b_shares = sharing.split(participant._b, t, n, lab.rng)
+    s_shares = sharing.split(participant._s, t, n, lab.rng)
+    wrong = set(members)
+    boxes = tuple(
+        participant.seal_key.seal(
+            peer.pk_seal,
+            info=box_info(cohort.h, name, peer.index + 1),
+            plaintext=lab.rng(32) if peer.device in wrong else b_shares[i] + s_shares[i],
+        )
+        for i, peer in enumerate(cohort.peers)
+    )
+    return wire.sign(Shares(cohort.h, name, boxes), lab.identities[name]).envelope
+
+
+def lie(lab: Lab, member: DeviceId, about: Iterable[DeviceId] | None = None) -> None:
+    """Let a member reveal something else than the shares it was dealt, of some devices or of all."""
+    inner = lab.sessions[member]._round
+    assert inner is not None
+    holder = inner.member
+    assert holder is not None
+    targets = None if about is None else {holder._cohort.index_of(name) for name in about}
+    for index in holder._shares:
+        if targets is None or index in targets:
+            holder._shares[index] = lab.rng(32)
