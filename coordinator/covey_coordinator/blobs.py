@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import shutil
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from covey_coordinator.spool import FileSink
 from covey_shared import chunks
 from covey_shared.chunks import Assembly, Blob, BlobDigest, Chunk
 from covey_shared.errors import MalformedError, StorageError
-from covey_shared.messages import MAX_COHORT, MAX_RANGES, DeviceId
+from covey_shared.messages import MAX_RANGES, DeviceId
 from covey_shared.mqtt import publish_all
 from covey_shared.topics import Topics
 from covey_shared.transport import Transport
@@ -24,6 +23,10 @@ Ranges = tuple[tuple[int, int], ...]
 # Requests of many devices for the same chunks are gathered for a moment and answered once: the
 # broker multiplies, not we.
 GATHER_S = 0.1
+
+# Chunks kept in memory before their announcement was handled, of all devices together: 30 MB. What is
+# dropped beyond that is asked for again.
+MAX_EARLY_CHUNKS = 256
 
 
 class BlobServer:
@@ -94,14 +97,13 @@ class UploadDesk:
     """Masked updates on their way in, each in its spool file, bounded by what was announced.
 
     patience_s: how long an upload may stand still before its missing chunks are asked for.
-    early: chunks that overtake the message that announces them wait here, a few per device.
     """
 
     directory: Path
     patience_s: float = 3.0
     problem: str | None = None
     _uploads: dict[DeviceId, _Upload] = field(default_factory=dict)
-    _early: dict[DeviceId, deque[Chunk]] = field(default_factory=dict)
+    _early: dict[DeviceId, list[Chunk]] = field(default_factory=dict)
 
     def open(self) -> None:
         """Start a round with an empty spool. Raises StorageError."""
@@ -123,7 +125,8 @@ class UploadDesk:
         self._early.clear()
 
     def expect(self, device: DeviceId, h: bytes, payload: bytes, size: int, now: float) -> bool:
-        """A device announced its update. True if it is already complete (see `early`)."""
+        """A device announced its update. True if it is already complete: its chunks
+        may have come before."""
         if device in self._uploads:
             return False
         sink = FileSink(self.directory / device, size)
@@ -143,8 +146,10 @@ class UploadDesk:
         """
         chunk = chunks.decode_frame(frame)
         if device not in self._uploads:
-            if device in self._early or len(self._early) < MAX_COHORT:
-                self._early.setdefault(device, deque(maxlen=4)).append(chunk)
+            # Chunks are handled at once, messages in their turn, so the first chunks often overtake
+            # the message that announces them.
+            if sum(map(len, self._early.values())) < MAX_EARLY_CHUNKS:
+                self._early.setdefault(device, []).append(chunk)
             return False
         return self._add(device, chunk, now)
 

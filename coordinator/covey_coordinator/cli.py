@@ -179,7 +179,11 @@ def run_until_stopped(serve: Callable[[asyncio.Event], Any]) -> None:
 @click.argument("plan", type=click.Path(exists=True, path_type=Path))
 @click.option("--name", help="The run's name; by default its start time.")
 @click.option("--rounds", type=click.IntRange(1), help="Rounds to play.  [default: 20]")
-@click.option("--goal", type=click.IntRange(2, 128), help="Updates that are enough.  [default: 10]")
+@click.option(
+    "--goal",
+    type=click.IntRange(2, 128),
+    help="Updates that are enough.  [default: the fleet, at most 10]",
+)
 @click.option("--minimum", type=click.IntRange(2, 128), help="Fewest in a sum.  [default: 3]")
 @click.option(
     "--batches", type=click.IntRange(1), help="Batches per device and round.  [default: 10]"

@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 import tomli_w
 
-from covey_coordinator.config import RunConfig, check_run, load, load_fleet
+from covey_coordinator.config import CohortConfig, RunConfig, check_run, load, load_fleet
 from covey_coordinator.daemon import load_held_out
-from covey_coordinator.fleet import check_name
+from covey_coordinator.fleet import FleetDirectory, check_name
 from covey_coordinator.plans.bundle import load_bundle
 from covey_coordinator.round import new_run_id
 from covey_coordinator.run import hyper_values
@@ -51,8 +51,11 @@ def queue_run(
     for option, value in options.items():
         if value is not None:
             _set(table, _KEYS[option], str(value.absolute()) if option == "test" else value)
-    if "goal" not in table.get("cohort", {}) and "minimum" in table.get("cohort", {}):
-        _set(table, ("cohort", "goal"), max(10, table["cohort"]["minimum"]))
+    if "goal" not in table.get("cohort", {}):
+        # A goal above the size of the fleet would make every round wait for devices there are not.
+        cohort, known = CohortConfig(), len(FleetDirectory(fleet_dir).devices())
+        minimum = table.get("cohort", {}).get("minimum", cohort.minimum)
+        _set(table, ("cohort", "goal"), max(minimum, min(cohort.goal, known or cohort.goal)))
     config = config_reader.convert(table, RunConfig, file=source)
     check_run(config, file=source)
     hyper_values(load_bundle(Path(config.plan)), config)

@@ -1,6 +1,7 @@
 """From device.toml to a running device: the one place where the parts are put together."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,4 +93,7 @@ def assemble(parts: DeviceParts) -> DeviceService:
         trainer_factory(config, parts.base),
         limits=limits_of(config),
         rng=os.urandom,
+        # One thread each: every further one would cost a memory arena of its own.
+        pool=ThreadPoolExecutor(1, "covey-protocol"),
+        train_pool=ThreadPoolExecutor(1, "covey-training"),
     )

@@ -55,6 +55,9 @@ def check(config_path: Path) -> None:
 
 
 async def _serve(config_path: Path) -> None:
+    from covey_device.footprint import keep_small
+
+    keep_small()
     from covey_device.assembly import assemble, load_device
 
     service = assemble(load_device(config_path))

@@ -200,6 +200,9 @@ class DeviceService:
                 await self._do(lambda data=data: self._session.receive(data))  # type: ignore[misc]
             except RemoteProtocolError as error:
                 log.debug("%s: refused a message: %s", self.device, error)
+            except Exception:
+                # A bug of ours must not end the service: the worker is what everything waits for.
+                log.exception("%s: a message failed; the service goes on", self.device)
 
     async def _do(self, step: Callable[[], list[Action]]) -> None:
         """Run a step of the session in a thread, one at a time, and carry its actions out."""
@@ -233,7 +236,7 @@ class DeviceService:
                 self._outbox.put_nowait(action)
             case Save(memory):
                 if self._memory is not None:
-                    await self._in_thread(None, lambda: self._memory_file().save(memory))
+                    await self._in_thread(self._pool, lambda: self._memory_file().save(memory))
             case Fetch(call):
                 # What an earlier round still fetched or uploaded is of no use any more.
                 self._stop_training.set()
