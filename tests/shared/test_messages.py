@@ -45,6 +45,17 @@ def test_every_message_stays_what_it_is(case: dict[str, Any]) -> None:
     assert (opened.envelope, opened.body) == (envelope, wire.body_of(message))
 
 
+@pytest.mark.parametrize("case", VECTORS["messages"], ids=label)
+def test_no_two_fields_of_a_vector_could_change_places_unseen(case: dict[str, Any]) -> None:
+    structs: list[msgspec.Struct] = [wire.decode(bytes.fromhex(case["envelope"])).message]
+    if isinstance(structs[0], messages.Manifest):
+        head = structs[0].head
+        structs += [head, head.work]
+    for struct in structs:
+        values = [getattr(struct, name) for name in struct.__struct_fields__]
+        assert len(set(values)) == len(values)
+
+
 def test_the_vectors_have_one_message_of_every_type() -> None:
     assert [case["label"] for case in VECTORS["messages"]] == [k.LABEL for k in messages.ALL]
 

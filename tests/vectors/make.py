@@ -55,7 +55,11 @@ def _check_in(device: messages.DeviceId) -> bytes:
 
 
 def instances() -> list[tuple[str, Message]]:
-    """One message of every type, and the name of its signer."""
+    """One message of every type, and the name of its signer.
+
+    The values need not make a round: they are chosen to differ, so that two fields which change
+    places give other bytes.
+    """
     check_ins = (_check_in(PI_A), _check_in(PI_B))
     head = messages.Head(
         fleet="lab",
@@ -63,20 +67,20 @@ def instances() -> list[tuple[str, Message]]:
         round=7,
         plan=_hash("plan"),
         model=_hash("model"),
-        revision=1,
+        revision=9,
         check_ins=keys.digest("check-ins", *check_ins),
-        n=2,
+        n=5,
         n_params=1000,
         value_bits=16,
         bits=17,
         lane_bits=32,
         prg="chacha20",
-        degree=1,
-        min_side=0,
-        committee=2,
-        threshold=2,
+        degree=4,
+        min_side=1,
+        committee=6,
+        threshold=3,
         n_min=2,
-        w_max=1000,
+        w_max=500,
         clip=0.25,
         metric_clips=(10.0, 1.0),
         work=messages.Work(batches=20, batch_size=32, seconds=60.0, hyper=(0.1, 0.9)),
@@ -84,9 +88,9 @@ def instances() -> list[tuple[str, Message]]:
         issued_unix=1_800_000_000,
         share_s=30.0,
         collect_s=120.5,
-        unmask_s=30.0,
+        unmask_s=45.0,
     )
-    roster_vote = messages.RosterVote(H, PI_A, b"\x03", b"\x03")
+    roster_vote = messages.RosterVote(H, PI_A, b"\x03", b"\x02")
     view_vote = messages.ViewVote(H, PI_A, b"\x03", b"\x01")
     box = seeded("box")(keys.BOX_OVERHEAD_BYTES + 2 * keys.SEED_BYTES)
     reveal_box = seeded("reveal")(keys.BOX_OVERHEAD_BYTES + 2 * keys.SEED_BYTES)
