@@ -298,10 +298,10 @@ def test_values_that_are_not_finite_are_refused(value: float, at: int) -> None:
     encoding = Encoding(16, 4, 40_001, 1.0, 10, (1.0,))
     delta = np.zeros(40_001, np.float32)
     delta[at] = value
-    with pytest.raises(LocalProtocolError, match="finite"):
+    with pytest.raises(LocalProtocolError, match="update must be finite"):
         encoding.encode(delta, 5, (0.0,), seeded(""))
     delta[at] = 0
-    with pytest.raises(LocalProtocolError, match="finite"):
+    with pytest.raises(LocalProtocolError, match="metric"):
         encoding.encode(delta, 5, (value,), seeded(""))
 
 

@@ -99,6 +99,32 @@ def test_keys_of_a_wrong_size(size: int) -> None:
         SigningKey(bytes(size))
 
 
+@pytest.mark.parametrize("case", X25519["low_order"], ids=comment)
+def test_a_key_of_low_order_is_none_to_agree_with(case: dict[str, str]) -> None:
+    with pytest.raises(RefusedError, match=r"pi-a: .*low order"):
+        keys.check_agreement_key(unhex(case["u"]), owner="pi-a")
+
+
+@slow_enough
+@given(secrets32)
+def test_only_the_canonical_spelling_of_a_key_passes(secret: bytes) -> None:
+    public = AgreementKey(secret).public
+    keys.check_agreement_key(public, owner="pi-a")
+    # The same key with its ignored bit set: the same agreement under other bytes.
+    twin = public[:31] + bytes([public[31] | 0x80])
+    other = AgreementKey(b"\x07" * 32)
+    agreed = other.agree(public, salt=b"", info=b"")
+    assert other.agree(twin, salt=b"", info=b"") == agreed
+    with pytest.raises(RefusedError, match=r"pi-a: .*canonical"):
+        keys.check_agreement_key(twin, owner="pi-a")
+
+
+@pytest.mark.parametrize("u", [2**255 - 19 + 2, 2**255 - 19 + 9, 2**255 - 1])
+def test_a_key_above_the_fields_prime_is_not_canonical(u: int) -> None:
+    with pytest.raises(RefusedError, match="canonical"):
+        keys.check_agreement_key(u.to_bytes(32, "little"), owner="pi-a")
+
+
 @slow_enough
 @given(a=secrets32, b=secrets32, salt=st.binary(max_size=40), info=st.binary(max_size=40))
 def test_agreement_is_symmetric_and_as_the_oracle_has_it(
