@@ -271,3 +271,6 @@ def _add_plan_commands() -> None:
 
 
 _add_plan_commands()
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,10 @@
 """How much memory a device process takes, measured in processes of their own."""
 
+import functools
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,20 @@ import pytest
 
 MB = 1_000_000
 TESTS = str(Path(__file__).parents[1])
+SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
+
+PRELUDE = """
+import json, sys
+def peak():
+    with open("/proc/self/status") as status:
+        return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
+"""
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def measured(code, *arguments):
@@ -19,14 +36,8 @@ def measured(code, *arguments):
     `peak()` is there for it: the process's own peak of resident memory in bytes. Not ru_maxrss,
     which a child inherits from the process that forked it.
     """
-    prelude = """
-import json, sys
-def peak():
-    with open("/proc/self/status") as status:
-        return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
-"""
     done = subprocess.run(
-        [sys.executable, "-c", prelude + code, *map(str, arguments)],
+        [sys.executable, "-c", PRELUDE + code, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([TESTS, *sys.path])},
         capture_output=True,
         text=True,
@@ -144,3 +155,59 @@ def test_training_the_cnn_peaks_at_120_mb(cnn_plan, tmp_path):
     assert found["moved"] > 0
     assert found["loss"] < 3
     assert found["heavy"] == []
+
+
+# `covey-device run` as it is, and at its end what it took and what it imported.
+WATCHED_DEVICE = """
+import atexit
+from pathlib import Path
+
+def at_end():
+    heavy = {"torch", "onnx", "onnxscript", "sklearn", "matplotlib", "rich", "amqtt", "scipy"}
+    found = {"peak": peak(), "heavy": sorted(heavy & set(sys.modules))}
+    Path(report).write_text(json.dumps(found))
+
+report = sys.argv.pop(1)
+atexit.register(at_end)
+from covey_device.cli import main
+main()
+"""
+
+
+def test_a_device_process_peaks_at_120_mb_over_whole_rounds(cnn_plan, tmp_path):
+    """Download, training, masks, shares, upload and committee duties, in the real service."""
+    covey = [sys.executable, "-m", "covey_coordinator.cli"]
+    fleet = tmp_path / "fleet"
+    port = str(free_port())
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "x.npy", rng.random((640, 1, 28, 28), np.float32))
+    np.save(tmp_path / "y.npy", rng.integers(0, 10, 640))
+    kind = "mosquitto" if shutil.which("mosquitto", path=SBIN) else "embedded"
+    run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=120)
+    run([*covey, "init", fleet, "--fleet", "memory", "--port", port, "--broker", kind])
+    children = []
+    try:
+        for number in range(3):
+            run([*covey, "device", "add", f"pi-{number}", "--fleet-dir", fleet])
+            config = fleet / "devices" / f"pi-{number}" / "device.toml"
+            text = config.read_text().split("[data]")[0]
+            text += f'[data]\nkind = "npy"\nfeatures = "{tmp_path}/x.npy"\nlabels = "{tmp_path}/y.npy"\n'
+            config.write_text(text)
+        children.append(subprocess.Popen([*covey, "up", "--fleet-dir", fleet]))
+        for number in range(3):
+            config = fleet / "devices" / f"pi-{number}" / "device.toml"
+            watched = [sys.executable, "-c", PRELUDE + WATCHED_DEVICE, tmp_path / f"{number}.json"]
+            children.append(subprocess.Popen([*watched, "run", "--config", config]))
+        options = ["--rounds", "3", "--goal", "3", "--batch-size", "32"]
+        run([*covey, "run", cnn_plan, *options, "--name", "memory", "--fleet-dir", fleet])
+    finally:
+        for child in reversed(children):
+            child.terminate()
+        for child in children:
+            child.wait(20)
+    lines = (fleet / "runs" / "memory" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["survivors"] for line in lines] == [3, 3, 3]
+    for number in range(3):
+        found = json.loads((tmp_path / f"{number}.json").read_text())
+        assert found["heavy"] == []
+        assert found["peak"] <= 120 * MB
