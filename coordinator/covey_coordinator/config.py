@@ -7,14 +7,16 @@ import msgspec
 from msgspec import Meta
 
 from covey_shared import config
-from covey_shared.config import Config
+from covey_shared.config import Config, FileName, Name, Seconds
 from covey_shared.errors import ConfigError
-from covey_shared.fixedpoint import MAX_VALUE_BITS, MIN_VALUE_BITS
+from covey_shared.fixedpoint import MAX_CLIP, MAX_VALUE_BITS, MIN_CLIP, MIN_VALUE_BITS
 from covey_shared.messages import MAX_COHORT
+from covey_shared.mqtt import parse_broker_url
 
-Name = Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$")]
-Positive = Annotated[float, Meta(gt=0)]
 Cohort = Annotated[int, Meta(ge=2, le=MAX_COHORT)]
+Clip = Annotated[float, Meta(ge=MIN_CLIP, le=MAX_CLIP)]
+# Below this the repeats of one round would be a flood.
+Interval = Annotated[float, Meta(ge=0.2, le=3600)]
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -27,7 +29,7 @@ class BrokerConfig(Config, frozen=True):
     port: Annotated[int, Meta(ge=1, le=65535)] = 1883
     url: str | None = None
     username: str = "coordinator"
-    password_file: str | None = None
+    password_file: FileName | None = None
 
 
 class FleetConfig(Config, frozen=True):
@@ -42,7 +44,7 @@ class WorkConfig(Config, frozen=True):
 
     batches: Annotated[int, Meta(ge=1, le=2**31)] = 10
     batch_size: Annotated[int, Meta(ge=1, le=2**20)] = 32
-    seconds: Positive = 300.0
+    seconds: Seconds = 300.0
     hyper: dict[str, float] = msgspec.field(default_factory=dict)
 
 
@@ -59,26 +61,26 @@ class EncodingConfig(Config, frozen=True):
     of its mean loss; max_weight: examples beyond which a device's voice stops growing."""
 
     value_bits: Annotated[int, Meta(ge=MIN_VALUE_BITS, le=MAX_VALUE_BITS)] = 16
-    clip: Positive = 1.0
-    loss_clip: Positive = 20.0
+    clip: Clip = 1.0
+    loss_clip: Clip = 20.0
     max_weight: Annotated[int, Meta(ge=1, le=2**31)] = 1000
 
 
 class DeadlinesConfig(Config, frozen=True):
     """[deadlines]: the longest that each phase waits, in seconds."""
 
-    gather_s: Positive = 30.0
-    share_s: Positive = 30.0
-    collect_s: Positive = 600.0
-    unmask_s: Positive = 30.0
-    absent_grace_s: Positive = 3.0
-    resend_s: Positive = 5.0
+    gather_s: Seconds = 30.0
+    share_s: Seconds = 30.0
+    collect_s: Seconds = 600.0
+    unmask_s: Seconds = 30.0
+    absent_grace_s: Annotated[float, Meta(ge=0, le=3600)] = 3.0
+    resend_s: Interval = 5.0
 
 
 class EvaluationConfig(Config, frozen=True):
     """[evaluation]: a held-out set on the coordinator: an .npz file with two arrays."""
 
-    file: str
+    file: FileName
     features: str = "features"
     labels: str = "labels"
 
@@ -86,9 +88,9 @@ class EvaluationConfig(Config, frozen=True):
 class RunConfig(Config, frozen=True):
     """run.toml. plan and evaluation.file are relative to the file."""
 
-    plan: str
+    plan: FileName
     rounds: Annotated[int, Meta(ge=1, le=1_000_000)] = 20
-    server_lr: Positive = 1.0
+    server_lr: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     cohort: CohortConfig = CohortConfig()
     work: WorkConfig = WorkConfig()
     encoding: EncodingConfig = EncodingConfig()
@@ -103,19 +105,30 @@ def load(path: Path, kind: type[T], *, hint: str) -> T:
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+        raise config.unreadable(path, error) from error
     return config.parse(text, kind, file=str(path))
 
 
 def load_fleet(directory: Path) -> FleetConfig:
     """covey.toml of a fleet's directory. Raises ConfigError."""
-    fleet = load(directory / "covey.toml", FleetConfig, hint="`covey init` makes a fleet")
-    if (fleet.broker.kind == "external") != (fleet.broker.url is not None):
-        raise ConfigError(
-            f'{directory / "covey.toml"}: key `broker.url` goes with kind = "external", and only '
-            "with it"
-        )
+    path = directory / "covey.toml"
+    fleet = load(path, FleetConfig, hint="`covey init` makes a fleet")
+    check_fleet(fleet, file=str(path))
     return fleet
+
+
+def check_fleet(fleet: FleetConfig, *, file: str) -> None:
+    """What the types cannot say. Raises ConfigError."""
+    broker = fleet.broker
+    if (broker.kind == "external") != (broker.url is not None):
+        raise ConfigError(
+            f'{file}: key `broker.url` goes with `broker.kind = "external"`, and only with it'
+        )
+    if broker.url is not None:
+        try:
+            parse_broker_url(broker.url)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: key `broker.url`: {error}") from error
 
 
 def check_run(run: RunConfig, *, file: str) -> None:

@@ -7,13 +7,10 @@ from msgspec import Meta
 
 from covey_device.data import DataConfig
 from covey_shared import config
-from covey_shared.config import Config
+from covey_shared.config import Config, FileName, HexKey, Name, PositiveInt, Seconds
 from covey_shared.errors import ConfigError
-
-Name = Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$")]
-HexKey = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
-PositiveFloat = Annotated[float, Meta(gt=0)]
-PositiveInt = Annotated[int, Meta(ge=1)]
+from covey_shared.messages import MAX_COHORT
+from covey_shared.mqtt import parse_broker_url
 
 
 class BrokerConfig(Config, frozen=True):
@@ -21,7 +18,7 @@ class BrokerConfig(Config, frozen=True):
 
     url: str
     username: str | None = None
-    password_file: str | None = None
+    password_file: FileName | None = None
     keepalive_s: Annotated[int, Meta(ge=5, le=3600)] = 60
 
 
@@ -36,7 +33,7 @@ class LimitsConfig(Config, frozen=True):
     """[limits]: the most this device gives to one round, whatever a round asks for."""
 
     max_batches: PositiveInt = 10_000
-    max_seconds: PositiveFloat = 600.0
+    max_seconds: Seconds = 600.0
     max_memory_mb: PositiveInt = 400
     threads: Annotated[int, Meta(ge=1, le=64)] = 1
 
@@ -44,7 +41,7 @@ class LimitsConfig(Config, frozen=True):
 class PolicyConfig(Config, frozen=True):
     """[policy]: rounds this device refuses, whatever the coordinator says."""
 
-    min_cohort: Annotated[int, Meta(ge=2, le=128)] = 3
+    min_cohort: Annotated[int, Meta(ge=2, le=MAX_COHORT)] = 3
     max_weight: PositiveInt = 1_000_000
     max_revisions: Annotated[int, Meta(ge=0)] = 8
 
@@ -57,9 +54,9 @@ class DeviceConfig(Config, frozen=True):
     broker: BrokerConfig
     trust: TrustConfig
     data: DataConfig
-    identity: str = "identity.key"
-    certificate: str = "certificate"
-    state: str = "state"
+    identity: FileName = "identity.key"
+    certificate: FileName = "certificate"
+    state: FileName = "state"
     limits: LimitsConfig = LimitsConfig()
     policy: PolicyConfig = PolicyConfig()
 
@@ -73,5 +70,14 @@ def load(path: Path) -> DeviceConfig:
             f"{path} does not exist; `covey device add NAME` on the coordinator writes one"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    return config.parse(text, DeviceConfig, file=str(path))
+        raise config.unreadable(path, error) from error
+    device = config.parse(text, DeviceConfig, file=str(path))
+    try:
+        url = parse_broker_url(device.broker.url)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: key `broker.url`: {error}") from error
+    if device.broker.password_file and not (device.broker.username or url.username):
+        raise ConfigError(
+            f"{path}: key `broker.username` is missing; `broker.password_file` goes with it"
+        )
+    return device

@@ -14,7 +14,10 @@ from msgspec import Meta
 
 Text = Annotated[str, Meta(min_length=1)]
 OneCharacter = Annotated[str, Meta(min_length=1, max_length=1)]
-FractionText = Annotated[str, Meta(pattern=r"^-?[0-9]+/[0-9]+$")]
+FractionText = Annotated[
+    str,
+    Meta(pattern=r"^-?[0-9]+/[0-9]+\Z", description='a fraction in quotes, such as "1/255"'),
+]
 
 # 16-bit integers times this, plus this, stay far below float32's largest number: integer features
 # then need no search for infinities.
@@ -93,7 +96,13 @@ class PythonData(_Common, frozen=True, kw_only=True, tag="python"):
     function: "module:function". The module may lie in the folder of the configuration file.
     """
 
-    function: Annotated[str, Meta(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    function: Annotated[
+        str,
+        Meta(
+            pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z",
+            description='a function in quotes, as "module:function"',
+        ),
+    ]
 
 
 DataConfig = NpzData | NpyData | CsvData | IdxData | PythonData
