@@ -259,6 +259,8 @@ class Session:
         self._memory = memory
         self._rng = rng
         self._witness = witness
+        # An earlier process of this device may have died in that round, with its keys.
+        self._cut_off = memory.last_round
         self.phase = Phase.IDLE
         self._round: _Round | None = None
 
@@ -342,7 +344,11 @@ class Session:
         if call.round <= max(self._memory.last_round, self.round_id or 0):
             # Over: the call is retained and comes with every connection. Or an old one played back
             # while a newer round is being prepared: following it would undo `last_round`.
-            return []
+            if call.round != self._cut_off or self._round is not None:
+                return []
+            # Told once, so that nobody waits for what cannot come.
+            self._cut_off = 0
+            return [self._decline(call, "this device restarted; its keys of the round are gone")]
         actions: list[Action] = []
         if self._round is not None:
             actions += self._end("another round was called", contributed=False)
@@ -503,7 +509,7 @@ class Session:
         self.phase = self._next(Event.NO_UPDATE)
         if current.participant is not None:
             current.participant.forget()
-        return [self._decline(current, reason)]
+        return [self._decline(current.call.message, reason)]
 
     def _send_update(self, current: _Round) -> list[Action]:
         participant, _ = self._in_cohort(current)
@@ -526,7 +532,7 @@ class Session:
         """Refuse to go on with this round, and say why."""
         if self.round_id != round_id:
             return []
-        decline = self._decline(self._in_round(), reason)
+        decline = self._decline(self._in_round().call.message, reason)
         return [decline, *self._end(f"declined: {reason}", contributed=False)]
 
     # -- the table --------------------------------------------------------------------------------
@@ -541,8 +547,7 @@ class Session:
         if event not in TRANSITIONS[self.phase]:
             raise OutOfOrderError(f"a {what} while this device is {self.phase.value}")
 
-    def _decline(self, current: _Round, reason: str) -> Publish:
-        call = current.call.message
+    def _decline(self, call: RoundCall, reason: str) -> Publish:
         # A reason may quote a file name that is not Unicode, which the wire could not carry.
         reason = reason.encode("utf-8", "replace").decode()[:MAX_REASON_CHARS]
         decline = Decline(

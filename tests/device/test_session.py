@@ -137,7 +137,9 @@ def test_a_restarted_device_never_rejoins_its_round(until):
     mallory = played(lab, until=until)
     name = lab.names[0]
     session = lab.restart(name)
-    assert mallory.tell(name, mallory.call) == []
+    [decline] = published(mallory.tell(name, mallory.call), Decline)
+    assert "restarted" in decline.message.reason
+    assert mallory.tell(name, mallory.call) == []  # told once
     said = [mallory.manifest()]
     if mallory.cohort is not None:
         said += [mallory.delivery(name)] if mallory.u2 else []
