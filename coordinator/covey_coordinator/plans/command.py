@@ -1,0 +1,8 @@
+"""placeholder until the compiler's command lands"""
+
+import click
+
+
+@click.group()
+def plan() -> None:
+    """Plans."""
