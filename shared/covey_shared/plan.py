@@ -37,7 +37,7 @@ MAX_GRAPH_BYTES = 64 << 20
 MAX_PARAMETERS = 1 << 28
 
 PlanHash = NewType("PlanHash", bytes)
-Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
 DType = Literal["float32", "int64", "uint8"]
 GraphName = Literal["train", "eval", "infer"]
