@@ -12,7 +12,8 @@ import numpy as np
 
 from covey_device import session as device
 from covey_shared import keys, sharing, wire
-from covey_shared.fixedpoint import Encoding, to_signed
+from covey_shared.fixedpoint import Encoding, to_signed, unpack
+from covey_shared.masking import add_masks, pair_mask_key, self_mask_key
 from covey_shared.messages import (
     CheckIn,
     Delivery,
@@ -262,6 +263,20 @@ class Mallory:
         """What the sum of these devices ought to be, in signed integers."""
         bits = self.cohort.head.bits
         return sum(to_signed(self.lab.plain[name, self.call.round], bits) for name in names)  # type: ignore[return-value]
+
+    def stripped(self, name: DeviceId, *, s: bytes, b: bytes | None) -> np.ndarray:
+        """A device's masked update with the pair masks of seed s taken off, and the self mask of b."""
+        cohort = self.cohort
+        index, mask_key = cohort.index_of(name), keys.mask_key(s)
+        encoding = cohort.encoding
+        ring = unpack(self.payloads[name], encoding.n_coordinates, encoding.bits, encoding.lane)
+        plus, minus = [], [] if b is None else [self_mask_key(keys.Seed(b), cohort.h, name)]
+        for other in sorted(self.u2 - {index}):
+            peer = cohort.peers[other]
+            key = pair_mask_key(mask_key, peer.pk_mask, cohort.h, name, peer.device)
+            (minus if index < other else plus).append(key)
+        add_masks(ring, plus, minus)
+        return to_signed(ring, encoding.bits)
 
     def payload_digest(self, name: DeviceId) -> bytes:
         return hashlib.sha256(self.payloads[name]).digest()
