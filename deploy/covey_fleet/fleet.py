@@ -1,0 +1,320 @@
+"""A whole fleet on one machine: identities, broker, coordinator and devices.
+
+Everything it writes lies in one private directory, which its owner removes. The broker is started
+here, or is one that somebody else runs; then the fleet's name is a fresh one, so that fleets do not
+meet there, and what it left retained at the broker is cleared at the end.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from covey_coordinator.broker import RunningBroker, start_broker
+from covey_coordinator.registry import Registry
+from covey_coordinator.round import Completed, Moved
+from covey_coordinator.run import RoundOutcome, Run
+from covey_coordinator.service import CoordinatorService
+from covey_coordinator.store import Progress, RoundCounter, RunState
+from covey_device.data import DataConfig, NpzData
+from covey_fleet.device import BACKOFF_BASE_S, BACKOFF_CAP_S, DeviceSpec, Traffic, client_id
+from covey_fleet.digits import Examples
+from covey_fleet.eavesdropper import Eavesdropper
+from covey_fleet.faults import FaultPlan, Vanished
+from covey_fleet.seats import LocalSeat, ProcessSeat, Seat
+from covey_fleet.witness import Witness
+from covey_shared import wire
+from covey_shared.errors import TransportError
+from covey_shared.keys import SigningKey
+from covey_shared.messages import Certificate, DeviceId
+from covey_shared.mqtt import BrokerUrl, MqttTransport, parse_broker_url
+from covey_shared.secagg.cohort import Trust
+from covey_shared.topics import Topics
+
+log = logging.getLogger("covey.fleet")
+
+COORDINATOR = "coordinator"
+DEVICE = "device"
+CERTIFICATE_S = 86_400
+CONNECT_S = 20.0
+PRESENT_S = 60.0
+
+BrokerChoice = Literal["auto", "embedded", "mosquitto"] | BrokerUrl
+FleetEvent = Moved | RoundOutcome | Progress | Vanished
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSettings:
+    """What a fleet is made of. parts: what each device has; as many devices as there are parts.
+
+    data: settings of a device's data by its number, for tests with unfit data. processes: each
+    device in a process of its own. log_file: where those log.
+    """
+
+    parts: Sequence[Examples]
+    broker: BrokerChoice = "auto"
+    seed: int = 7
+    dropout: float = 0.0
+    processes: bool = False
+    log_file: Path | None = None
+    data: dict[int, DataConfig] = field(default_factory=dict)
+
+
+class Fleet:
+    """``async with Fleet(...) as fleet`` starts everything, and ends it. directory: empty, private.
+
+    observer: told of every phase, outcome and vanished device, on the event loop.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        settings: FleetSettings,
+        observer: Callable[[FleetEvent], None] = lambda event: None,
+    ) -> None:
+        self.directory = directory
+        self.settings = settings
+        self.observer = observer
+        self.name = f"demo-{secrets.token_hex(4)}"
+        self.topics = Topics(self.name)
+        width = len(str(len(settings.parts)))
+        self.devices = tuple(
+            DeviceId(f"pi-{i:0{width}}") for i in range(1, len(settings.parts) + 1)
+        )
+        self.faults = FaultPlan(settings.seed, settings.dropout, self.devices)
+        self.users = {name: secrets.token_urlsafe(18) for name in (COORDINATOR, DEVICE)}
+        self.broker: RunningBroker | None = None
+        self.vanished: list[Vanished] = []
+        self.sum_mismatches = 0
+        self.sums_checked = 0
+        self.seats: list[Seat] = []
+        self._failure: asyncio.Future[None] | None = None
+        self._stack = AsyncExitStack()
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> "Fleet":
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._stack.aclose()
+
+    async def _start(self) -> None:
+        self._failure = asyncio.get_running_loop().create_future()
+        await self._start_broker()
+        self._make_devices()
+        await self._start_coordinator()
+        self.ear = Eavesdropper(self.transport("eavesdropper", DEVICE), self.topics)
+        await self.ear.start()
+        self._stack.push_async_callback(self.ear.stop)
+        for seat in self.seats:
+            self._stack.push_async_callback(seat.close)
+            await seat.start()
+        await self._until(lambda: self.n_present == len(self.devices), PRESENT_S, "all devices")
+
+    async def _start_broker(self) -> None:
+        choice = self.settings.broker
+        if isinstance(choice, BrokerUrl):
+            self.url = choice
+            await self._check_broker()
+            self._stack.push_async_callback(self._clear_presence)
+        else:
+            self.broker = await start_broker(choice, self.directory / "broker", users=self.users)
+            await self._stack.enter_async_context(self.broker)
+            self.url = parse_broker_url(self.broker.url)
+
+    @property
+    def broker_name(self) -> str:
+        """Kind and version, or where it is."""
+        return str(self.url) if self.broker is None else f"{self.broker.kind} {self.broker.version}"
+
+    def transport(self, name: str, user: str) -> MqttTransport:
+        """A client of the fleet's broker, not started. name: ends its client id."""
+        own = self.broker is not None
+        return MqttTransport(
+            self.url,
+            client_id(self.name, name),
+            username=user if own else None,
+            password=self.users[user] if own else None,
+            backoff_base_s=BACKOFF_BASE_S,
+            backoff_cap_s=BACKOFF_CAP_S,
+        )
+
+    async def _check_broker(self) -> None:
+        """Fail at once if the broker is not there. Raises TransportError with its reason."""
+        probe, connected = self.transport("probe", COORDINATOR), asyncio.Event()
+        reasons: list[str] = []
+
+        async def on_connected() -> None:
+            connected.set()
+
+        def on_disconnected(reason: str) -> None:
+            reasons.append(reason.rpartition(";")[0] or reason)
+            connected.set()
+
+        await probe.start(lambda message: None, on_connected, on_disconnected)
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                await connected.wait()
+        except TimeoutError:
+            reasons.append(f"broker at {self.url.address} does not answer")
+        await probe.stop()
+        if reasons:
+            raise TransportError(reasons[0])
+
+    async def _clear_presence(self) -> None:
+        """Leave nothing at somebody else's broker."""
+        transport = self.transport("cleaner", COORDINATOR)
+
+        async def nothing() -> None:
+            pass
+
+        await transport.start(lambda message: None, nothing, lambda reason: None)
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                for device in self.devices:
+                    await transport.publish(self.topics.presence(device), b"", retain=True)
+        except TimeoutError:
+            log.warning("the presence of fleet %s stays at the broker", self.name)
+        finally:
+            await transport.stop()
+
+    async def _start_coordinator(self) -> None:
+        threads = ThreadPoolExecutor(2, thread_name_prefix="coordinator")
+        self._stack.callback(threads.shutdown, wait=False, cancel_futures=True)
+        self.registry = Registry()
+        self.coordinator = CoordinatorService(
+            self.trust,
+            self._coordinator_key,
+            self.transport(COORDINATOR, COORDINATOR),
+            RoundCounter(self.directory / "rounds"),
+            registry=self.registry,
+            observer=self._observe,
+            pool=threads,
+        )
+        await self.coordinator.start()
+        self._stack.push_async_callback(self.coordinator.close)
+        await self._until(self.coordinator.connected.is_set, CONNECT_S, "the coordinator")
+
+    def _make_devices(self) -> None:
+        """Identities under a fresh fleet CA, data and state, and a seat for each."""
+        ca = SigningKey(os.urandom(32))
+        self._coordinator_key = SigningKey(os.urandom(32))
+        self.trust = Trust(self.name, ca.public, self._coordinator_key.public)
+        (self.directory / "witness").mkdir()
+        self.witness = Witness(self.directory / "witness")
+        until = int(time.time()) + CERTIFICATE_S
+        settings, own = self.settings, self.broker is not None
+        pool = ThreadPoolExecutor(2, thread_name_prefix="device")
+        train_pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="train")
+        for threads in (pool, train_pool):
+            self._stack.callback(threads.shutdown, wait=False, cancel_futures=True)
+        for i, (device, part) in enumerate(zip(self.devices, settings.parts, strict=True)):
+            directory = self.directory / device
+            directory.mkdir()
+            np.savez(directory / "data.npz", features=part.features, labels=part.labels)
+            identity = SigningKey(os.urandom(32))
+            certificate = Certificate(self.name, device, identity.public, until)
+            spec = DeviceSpec(
+                trust=self.trust,
+                device=device,
+                identity_seed=identity.seed,
+                certificate=wire.sign(certificate, ca).envelope,
+                broker=self.url,
+                username=DEVICE if own else None,
+                password=self.users[DEVICE] if own else None,
+                directory=directory,
+                data=settings.data.get(i, NpzData(file="data.npz")),
+                faults=self.faults,
+                witness=self.directory / "witness",
+            )
+            if settings.processes:
+                log_file = settings.log_file or self.directory / "devices.log"
+                self.seats.append(ProcessSeat(spec, self._on_vanished, self._fail, log_file))
+            else:
+                self.seats.append(
+                    LocalSeat(spec, self._on_vanished, pool=pool, train_pool=train_pool)
+                )
+
+    # -- rounds -----------------------------------------------------------------------------------
+
+    @property
+    def n_present(self) -> int:
+        """Devices that the coordinator sees online."""
+        return len(self.registry.present)
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes of all devices so far."""
+        return sum((seat.traffic for seat in self.seats), Traffic())
+
+    async def play(self, run: Run) -> RunState:
+        """All rounds of a run; every sum is held against the devices' plaintext. Raises what made
+        going on impossible."""
+        if self._failure is None:
+            raise RuntimeError("play a fleet that was started")
+        playing = asyncio.create_task(self.coordinator.play(run, on_sum=self._on_sum))
+        try:
+            waited: set[asyncio.Future[Any]] = {playing, self._failure}
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if self._failure.done():
+                self._failure.result()
+            return await playing
+        finally:
+            playing.cancel()
+            await asyncio.gather(playing, return_exceptions=True)
+
+    def _on_sum(self, round_id: int, completed: Completed) -> None:
+        self.sums_checked += 1
+        self.sum_mismatches += self.witness.mismatches(round_id, completed)
+        for device in completed.survivors:
+            plain = self.witness.encoded(round_id, device)
+            if plain is not None:
+                self.ear.compare(round_id, device, completed.encoding, plain)
+
+    def _observe(self, event: Moved | RoundOutcome | Progress) -> None:
+        self.observer(event)
+        if isinstance(event, RoundOutcome):
+            self.witness.forget(event.round_id)
+            self.ear.round_over()
+            for seat in self.seats:
+                seat.round_over(event.round_id)
+
+    def _on_vanished(self, vanished: Vanished) -> None:
+        self.vanished.append(vanished)
+        self.observer(vanished)
+
+    def _fail(self, error: Exception) -> None:
+        if self._failure is not None and not self._failure.done():
+            self._failure.set_exception(error)
+
+    async def _until(self, true: Callable[[], bool], timeout_s: float, what: str) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not true():
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise TransportError(
+                f"{what} did not connect to the broker at {self.url.address} within "
+                f"{timeout_s:g} s; is this machine overloaded?"
+            ) from None
