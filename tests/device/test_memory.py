@@ -95,19 +95,15 @@ import sys
 from pathlib import Path
 import numpy as np
 import torch
-from torch import nn
 from covey_coordinator.plans.bundle import write
 from covey_coordinator.plans.compile import compile_plan
+from covey_fleet.models import cnn_28x28
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
-cnn = nn.Sequential(
-    nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2),
-    nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-    nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10),
-)
 images = np.random.default_rng(0).random((8, 1, 28, 28), np.float32)
-write(compile_plan(cnn, images, np.arange(8), loss="cross_entropy", name="cnn"), Path(sys.argv[1]))
+plan = compile_plan(cnn_28x28(), images, np.arange(8), loss="cross_entropy", name="cnn")
+write(plan, Path(sys.argv[1]))
 """
 
 TRAIN_CNN = """

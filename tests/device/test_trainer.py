@@ -1,15 +1,22 @@
-"""The trainer on a numpy step: weights, bounds, early ends, and what is declined."""
+"""The trainer: weights, bounds, early ends, and what is declined.
+
+Most of it on a step in plain numpy; at the end on the plan that is shipped, in onnxruntime.
+"""
 
 import math
+from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from covey_device.data import batches, source_of_arrays
-from covey_device.trainer import Trainer, Work
+from covey_device.data import NpzData, batches, open_source, source_of_arrays
+from covey_device.trainer import Trainer, Work, load_trainer
 from covey_shared.errors import DataError, LocalProtocolError, TrainingError
+from covey_shared.plan import decode_header
+from covey_shared.runtime import TrainStep
 from device_support import FakeClock, LinearStep, make_header
 
 HEADER = make_header()
@@ -263,3 +270,54 @@ def test_wrong_parameters_are_refused():
     setup.start = np.zeros(5, np.float32)
     with pytest.raises(LocalProtocolError, match=r"expected float32.4."):
         setup.train()
+
+
+# --- the shipped plan -----------------------------------------------------------------------------
+
+MLP = Path(str(files("covey_fleet"))) / "plans" / "mlp"
+
+
+@pytest.fixture
+def mlp(tmp_path):
+    """(header, train graph, initial parameters, data table, folder) of the shipped plan."""
+    header = decode_header((MLP / "plan.json").read_bytes())
+    rng = np.random.default_rng(5)
+    classes = rng.integers(0, 10, 200)
+    images = rng.random((200, *header.features.shape), np.float32)
+    images.reshape(200, -1)[np.arange(200), classes * 6] = 4  # one bright pixel tells the class
+    np.savez(tmp_path / "d.npz", features=images, labels=classes)
+    initial = np.frombuffer((MLP / "initial.bin").read_bytes(), "<f4")
+    return header, (MLP / "train.onnx").read_bytes(), initial, NpzData(file="d.npz"), tmp_path
+
+
+def train_mlp(mlp, n_batches, **hyper):
+    header, graph, initial, data, folder = mlp
+    work = Work(n_batches, 32, max_seconds=math.inf, max_resident_bytes=10**12, hyper=hyper)
+    trainer = load_trainer(header, graph, data, folder)
+    assert trainer.n_examples == 200
+    return trainer.train(
+        initial, work, clock=lambda: 0.0, rng=np.random.default_rng(3), stop=lambda: False
+    )
+
+
+def test_the_shipped_plan_takes_exactly_the_runtimes_steps(mlp):
+    header, graph, initial, data, folder = mlp
+    result = train_mlp(mlp, 9, lr=0.05)
+    step, source = TrainStep(header, graph), open_source(data, header, base=folder)
+    step.load(initial)
+    supply = batches(source, 32, np.random.default_rng(3))
+    for _ in range(9):
+        step.step(*next(supply), {"lr": 0.05})
+    np.testing.assert_array_equal(result.delta, step.parameters() - initial)
+    assert result.examples == 200 + 2 * 32
+    assert (result.batches, result.stopped_by) == (9, "batches")
+
+
+def test_the_shipped_plan_learns(mlp):
+    assert train_mlp(mlp, 5).loss > 1.5
+    assert train_mlp(mlp, 100).loss < 1.0
+
+
+def test_the_shipped_plan_diverging_is_declined(mlp):
+    with pytest.raises(TrainingError, match=r"batch \d of 50 \(first non-finite slot '1.weight'"):
+        train_mlp(mlp, 50, lr=1e30)
