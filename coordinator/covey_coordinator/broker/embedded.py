@@ -5,7 +5,6 @@ it ends, and puts no limit on a packet's size, so it is for clients that we star
 """
 
 import asyncio
-import contextlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -15,8 +14,6 @@ from pathlib import Path
 import msgspec
 
 from covey_coordinator.broker.files import write_private
-
-_SHUTDOWN_S = 3.0
 
 
 class _Configuration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,7 +77,5 @@ async def _serve(configuration: _Configuration) -> None:
         }
     )
     await broker.start()
+    # No shutdown: there is nothing to save, and clients that stay connected would hold it up.
     await ended.wait()
-    # There is nothing to save, and clients that stay connected must not hold it up.
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(broker.shutdown(), _SHUTDOWN_S)
