@@ -49,7 +49,11 @@ class Transport(Protocol):
         """
 
     async def subscribe(self, *topic_filters: str) -> None:
-        """Subscribe with QoS 1, and again after every reconnection."""
+        """Subscribe with QoS 1, and again after every reconnection.
+
+        Without a connection it returns at once. In either case a publish that begins after it
+        returned reaches the broker after the subscription stands.
+        """
 
     async def unsubscribe(self, *topic_filters: str) -> None:
         """Undo `subscribe`."""
