@@ -125,7 +125,8 @@ class Trainer:
         if slot is not None:
             raise TrainingError(
                 f"the model of this round is not finite, first in slot {slot!r}: the device "
-                "declines the round; the coordinator has to go back to an earlier model"
+                "declines the round; the coordinator has to go back to an earlier model",
+                public="the model of this round is not finite",
             )
         meter = Meter(work.budget, clock=clock, resident=self._resident)
         try:
@@ -133,7 +134,8 @@ class Trainer:
         except MemoryError as error:
             raise TrainingError(
                 f"out of memory after {meter.batches} of {work.batches} batches: the device declines "
-                f"the round; use a batch_size below {work.batch_size}, or free memory"
+                f"the round; use a batch_size below {work.batch_size}, or free memory",
+                public="it ran out of memory",
             ) from error
 
     def _train(
@@ -161,7 +163,8 @@ class Trainer:
         if examples == 0:
             raise TrainingError(
                 f"no batch was trained: {self._why_none(stopped_by, work)}; the device declines "
-                "the round"
+                "the round",
+                public="no batch fits its budget",
             )
         delta = self._step.parameters()
         # In place: `parameters()` is a copy already. A non-finite parameter leaves a non-finite
@@ -186,11 +189,13 @@ class Trainer:
             if name not in hyper:
                 raise TrainingError(
                     f"the round sets hyper-parameter {name!r}, which plan {self._header.name!r} "
-                    f"does not have (it has {sorted(hyper)}): the device declines the round"
+                    f"does not have (it has {sorted(hyper)}): the device declines the round",
+                    public="the round's hyper-parameters do not fit the plan",
                 )
             if not math.isfinite(value):
                 raise TrainingError(
-                    f"the round sets hyper-parameter {name!r} to {value}: the device declines it"
+                    f"the round sets hyper-parameter {name!r} to {value}: the device declines it",
+                    public="the round's hyper-parameters are not finite",
                 )
             hyper[name] = value
         return hyper
@@ -207,7 +212,8 @@ class Trainer:
         where = "all slots are finite" if slot is None else f"first non-finite slot {slot!r}"
         return TrainingError(
             f"{what} in batch {batch} of {work.batches} ({where}): the device declines the round; "
-            "lower the learning rate, or check the scale of the data"
+            "lower the learning rate, or check the scale of the data",
+            public="its loss or parameters are not finite after training",
         )
 
     def _why_none(self, stopped_by: StoppedBy, work: Work) -> str:

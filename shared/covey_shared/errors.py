@@ -18,11 +18,16 @@
 
 Decoding bytes from the network raises the RemoteProtocolError family and nothing else. Errors
 carry the fields a log line needs, and a message that says what to do next.
+
+A message may quote what a device's owner would not show to others: a file's name, a column, a value.
+So what a device tells the coordinator of an error is `public`, a sentence that quotes nothing.
 """
 
 
 class CoveyError(Exception):
-    """Base of every error that covey raises on purpose."""
+    """Base of every error that covey raises on purpose. public: what others may be told of it."""
+
+    public: str = "an error, told in its log"
 
 
 class LocalProtocolError(CoveyError):
@@ -39,6 +44,7 @@ class RemoteProtocolError(CoveyError):
     def __init__(self, message: str, *, sender: str | None = None) -> None:
         super().__init__(message)
         self.sender = sender
+        self.public = message  # it quotes what came from the network, and nothing else
 
 
 class MalformedError(RemoteProtocolError):
@@ -69,13 +75,22 @@ class ConfigError(CoveyError):
 class DataError(CoveyError):
     """A data source does not fit the plan, or cannot be read."""
 
+    public = "its data does not fit the plan, or cannot be read"
+
 
 class CompileError(CoveyError):
     """A torch model cannot be compiled into a plan."""
 
 
 class TrainingError(CoveyError):
-    """Local training gave no usable update; the device declines the round and says why."""
+    """Local training gave no usable update; the device declines the round and says why.
+
+    public: the kind of failure, without losses, counts or names.
+    """
+
+    def __init__(self, message: str, *, public: str = "its training failed") -> None:
+        super().__init__(message)
+        self.public = public
 
 
 class TransportError(CoveyError):
@@ -84,3 +99,5 @@ class TransportError(CoveyError):
 
 class StorageError(CoveyError):
     """A file cannot be written or read."""
+
+    public = "its disk cannot be written or read"
