@@ -16,6 +16,8 @@ import onnx
 import onnx_ir
 import onnxscript.optimizer
 import torch
+from onnx_ir.passes import Sequential
+from onnx_ir.passes import common as passes
 from torch.export.graph_signature import (
     ExportGraphSignature,
     InputKind,
@@ -34,6 +36,18 @@ from covey_shared.layout import Layout
 
 OPSET = 18
 IR_VERSION = 10
+# onnxscript's rewriting rules are left out: onnxruntime has the ones that matter here itself, and
+# trying them takes longer than all the rest.
+_SIMPLIFY = Sequential(
+    passes.RemoveUnusedNodesPass(),
+    passes.RemoveUnusedOpsetsPass(),
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+    passes.DeduplicateInitializersPass(),
+    passes.CommonSubexpressionEliminationPass(),
+    passes.OutputFixPass(),
+    passes.NameFixPass(),
+)
+
 PARAMETERS_FILE = "parameters.bin"
 
 
@@ -61,7 +75,9 @@ def to_onnx(traced: Traced) -> onnx.ModelProto:
             exported = _core._exported_program_to_onnx_program(
                 _program(traced), registry=_registry()
             ).model
-            onnxscript.optimizer.optimize_ir(exported)
+            passes.InlinePass()(exported)
+            onnxscript.optimizer.fold_constants_ir(exported)
+            _SIMPLIFY(exported)
         except Exception as error:  # torch raises dozens of classes here
             raise diagnose.failed("torch's ONNX exporter failed", error) from error
     for values, names in (

@@ -74,6 +74,23 @@ def _spread(pooled: Tensor, kernel: Sequence[int]) -> Tensor:
     return aten.upsample_nearest2d.default(pooled, sides, float(kernel[0]), float(kernel[1]))
 
 
+def _avg_pool2d(
+    features: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0, 0),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """Average pooling; the exporter would silently ignore a divisor of one's own."""
+    if not divisor_override:
+        return NotImplemented  # keeps the operator as it is
+    area = kernel[0] * kernel[-1]
+    pooled = aten.avg_pool2d(features, kernel, stride, padding, ceil_mode, True)
+    return pooled * (area / divisor_override)
+
+
 def _avg_pool2d_backward(
     grad: Tensor,
     features: Tensor,
@@ -159,6 +176,7 @@ def _constant(values: list[int]) -> Tensor:
 
 POOLING_RULES: dict[Any, Callable[..., Any]] = {
     aten.max_pool2d_with_indices_backward.default: _max_pool2d_backward,
+    aten.avg_pool2d.default: _avg_pool2d,
     aten.avg_pool2d_backward.default: _avg_pool2d_backward,
     aten._adaptive_avg_pool2d.default: _adaptive_avg_pool2d,
     aten._adaptive_avg_pool2d_backward.default: _adaptive_avg_pool2d_backward,
