@@ -1,6 +1,7 @@
 """Serves blobs and takes in uploads: the coordinator's two ends of `covey_shared.chunks`."""
 
 import asyncio
+import contextlib
 import logging
 import shutil
 from collections.abc import Iterable
@@ -24,9 +25,16 @@ Ranges = tuple[tuple[int, int], ...]
 # broker multiplies, not we.
 GATHER_S = 0.1
 
-# Chunks kept in memory before their announcement was handled, of all devices together: 30 MB. What is
-# dropped beyond that is asked for again.
+# How long an upload stands still before its missing chunks are asked for.
+PATIENCE_S = 3.0
+
+# Chunks kept in memory before their announcement was handled, of all devices together: 30 MB, of which
+# no device can take what the others need. What is dropped beyond that is asked for again.
 MAX_EARLY_CHUNKS = 256
+MAX_EARLY_PER_DEVICE = 32
+
+# How often a device's upload may turn out not to be what it announced.
+MAX_RESETS = 2
 
 
 class BlobServer:
@@ -100,7 +108,7 @@ class UploadDesk:
     """
 
     directory: Path
-    patience_s: float = 3.0
+    patience_s: float = PATIENCE_S
     problem: str | None = None
     _uploads: dict[DeviceId, _Upload] = field(default_factory=dict)
     _early: dict[DeviceId, list[Chunk]] = field(default_factory=dict)
@@ -120,7 +128,10 @@ class UploadDesk:
     def close(self) -> None:
         """Drop everything."""
         for upload in self._uploads.values():
-            upload.sink.remove()
+            try:
+                upload.sink.remove()
+            except StorageError as error:
+                log.error("%s", error)
         self._uploads.clear()
         self._early.clear()
 
@@ -134,8 +145,8 @@ class UploadDesk:
         self._uploads[device] = _Upload(assembly, sink, h, now)
         complete = False
         for chunk in self._early.pop(device, ()):
-            if chunk.digest == payload:
-                complete = self._add(device, chunk, now)
+            with contextlib.suppress(MalformedError):  # of something else than was announced
+                complete = self._add(device, chunk, now) or complete
         return complete
 
     def feed(self, device: DeviceId, frame: bytes, now: float) -> bool:
@@ -148,8 +159,10 @@ class UploadDesk:
         if device not in self._uploads:
             # Chunks are handled at once, messages in their turn, so the first chunks often overtake
             # the message that announces them.
-            if sum(map(len, self._early.values())) < MAX_EARLY_CHUNKS:
-                self._early.setdefault(device, []).append(chunk)
+            waiting = self._early.get(device, [])
+            total = sum(map(len, self._early.values()))
+            if len(waiting) < MAX_EARLY_PER_DEVICE and total < MAX_EARLY_CHUNKS:
+                self._early[device] = [*waiting, chunk]
             return False
         return self._add(device, chunk, now)
 
@@ -157,19 +170,23 @@ class UploadDesk:
         upload = self._uploads[device]
         if upload.assembly.complete:
             return False
-        upload.last_progress = now
+        before = upload.assembly.n_received
         try:
-            return upload.assembly.add(chunk)
+            complete = upload.assembly.add(chunk)
         except StorageError as error:
             if self.problem is None:
                 log.error("%s", error)
             self.problem = str(error)
             return False
+        if upload.assembly.n_received > before:
+            upload.last_progress = now
+        return complete
 
     def take(self, device: DeviceId) -> bytes:
         """The complete upload, its digest checked; its file is deleted.
 
-        Raises MalformedError if the bytes are not those that were announced; it then starts over.
+        Raises MalformedError if the bytes are not those that were announced, StorageError if they
+        cannot be read back; either way it then starts over.
         """
         upload = self._uploads[device]
         try:
@@ -179,7 +196,12 @@ class UploadDesk:
             upload.assembly.reset()
             upload.resets += 1
             raise
-        upload.sink.remove()
+        except StorageError as error:
+            upload.assembly.reset()
+            self.problem = str(error)
+            raise
+        with contextlib.suppress(StorageError):  # `open` clears the directory
+            upload.sink.remove()
         return data
 
     def stalled(self, now: float) -> list[Missing]:
@@ -188,7 +210,7 @@ class UploadDesk:
         for device, upload in self._uploads.items():
             if upload.assembly.complete or now - upload.last_progress < self.patience_s:
                 continue
-            if upload.resets > 2:
+            if upload.resets > MAX_RESETS:
                 continue  # it keeps sending bytes that are not what it signed
             upload.last_progress = now
             ranges = upload.assembly.missing(MAX_RANGES)

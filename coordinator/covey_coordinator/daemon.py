@@ -18,13 +18,14 @@ import numpy as np
 
 from covey_coordinator.broker import start_broker
 from covey_coordinator.config import EvaluationConfig, FleetConfig, RunConfig, load, load_fleet
+from covey_coordinator.files import write_atomic
 from covey_coordinator.fleet import COORDINATOR_USER, DEVICE_USER, FleetDirectory, read_line
 from covey_coordinator.follow import describe
 from covey_coordinator.plans.bundle import load_bundle
 from covey_coordinator.registry import Registry
 from covey_coordinator.run import HeldOut, RoundOutcome, Run
 from covey_coordinator.service import CoordinatorService, Observer
-from covey_coordinator.store import Progress, RoundCounter, RunDirectory, write_atomic
+from covey_coordinator.store import Progress, RoundCounter, RunDirectory
 from covey_shared.errors import ConfigError, CoveyError, DataError
 from covey_shared.messages import DeviceId
 from covey_shared.mqtt import MqttTransport

@@ -16,7 +16,7 @@ import msgspec
 import tomli_w
 
 from covey_coordinator.config import BrokerConfig, FleetConfig, load_fleet
-from covey_coordinator.store import write_atomic
+from covey_coordinator.files import write_atomic
 from covey_shared import keys, wire
 from covey_shared.errors import ConfigError, RemoteProtocolError, StorageError
 from covey_shared.messages import Certificate, DeviceId

@@ -13,6 +13,9 @@ from covey_shared.messages import DeviceId
 KEPT_OUT_ROUNDS = 10
 """For how many rounds a device is kept out after it was to blame for an abandoned one."""
 
+MAX_PRESENT = 100_000
+"""Anyone whom the broker lets in may say that any name is online."""
+
 
 @dataclass(slots=True)
 class Registry:
@@ -24,9 +27,12 @@ class Registry:
     _kept_out: dict[DeviceId, tuple[int, str]] = field(default_factory=dict)
     faults: Counter[DeviceId] = field(default_factory=Counter)
 
-    def presence(self, device: DeviceId, online: bool) -> None:
-        """A device came or went."""
+    def presence(self, device: DeviceId, online: bool) -> bool:
+        """A device came or went. False if that is no news, or if there are too many to remember."""
+        if online == (device in self._present) or (online and len(self._present) >= MAX_PRESENT):
+            return False
         (self._present.add if online else self._present.discard)(device)
+        return True
 
     @property
     def present(self) -> frozenset[DeviceId]:

@@ -52,7 +52,11 @@ class RoundOutcome:
 
 
 class Run:
-    """One run's model and its progress. held_out: data to evaluate each model on, if there is any."""
+    """One run's model and its progress. held_out: data to evaluate each model on, if there is any.
+
+    Raises ConfigError for hyper-parameters that the plan does not have, StorageError for a directory
+    that is damaged.
+    """
 
     def __init__(
         self,
@@ -73,15 +77,14 @@ class Run:
             Evaluator(bundle.header, bundle.graphs["eval"]) if held_out is not None else None
         )
         self.state: RunState = directory.state()
-        self.parameters: Flat = bundle.initial
+        kept = directory.parameters(self.state, bundle.header.n_params)
+        self.parameters: Flat = bundle.initial if kept is None else kept
         self._spec: RoundSpec | None = None
         self._to_save: deque[Callable[[], None]] = deque()
 
     def begin(self) -> None:
         """Take up the run where its directory says it stands. Raises StorageError."""
-        kept = self.directory.parameters(self.bundle.header.n_params)
-        if kept is not None:
-            self.parameters = kept
+        self.directory.settle(self.state)
         self.state.status, self.state.message = "running", ""
         self.directory.save_state(self.state)
 
@@ -114,8 +117,8 @@ class Run:
         """What a device may ask for in the next round."""
         return [self.bundle.header_bytes, self.bundle.graphs["train"], self.model]
 
-    def spec(self, fleet: str, round_id: int) -> RoundSpec:
-        """The next round, entirely settled."""
+    def spec(self, fleet: str, round_id: int, revision: int = 0) -> RoundSpec:
+        """The next round, entirely settled. revision: see `store.RoundCounter`."""
         config, model = self.config, self.model
         call = RoundCall(
             fleet=fleet,
@@ -125,7 +128,7 @@ class Run:
             plan_bytes=len(self.bundle.header_bytes),
             model=hashlib.sha256(model).digest(),
             model_bytes=len(model),
-            revision=self.state.revision,
+            revision=revision,
             n_min=config.cohort.minimum,
             gather_s=config.deadlines.gather_s,
         )
@@ -159,24 +162,21 @@ class Run:
         if outcome.completed is not None:
             try:
                 following, metrics = self._average(outcome.completed)
-                model = export_model(self.bundle.header, self.bundle.graphs["infer"], following)
             except CoveyError as error:
-                outcome = replace(outcome, completed=None, reason=str(error), after_uploads=True)
+                outcome = replace(outcome, completed=None, reason=str(error))
             else:
-                outcome = replace(outcome, metrics=metrics)
+                outcome = replace(outcome, metrics=metrics | self._evaluate(following))
                 self.parameters = following
-                self._to_save.append(lambda: self.directory.save_model(index, following, model))
+                self._to_save.append(lambda: self._stage(index, following))
         state.rounds_done = index
         if outcome.completed is not None:
-            state.revision = 0
             state.rounds_completed += 1
+            state.model, state.model_index = self.model_digest.hex(), index
         else:
-            # Devices give no second update to the same model and revision.
-            state.revision += outcome.after_uploads
             state.rounds_abandoned += 1
-        line = self._metrics_line(outcome)
-        self._to_save.append(lambda: self.directory.add_metrics(line))
+        state.last = self._metrics_line(outcome)
         self._to_save.append(lambda: self.directory.save_state(state))
+        self._to_save.append(lambda: self.directory.settle(state))
         return outcome
 
     def save(self) -> None:
@@ -185,21 +185,32 @@ class Run:
             self._to_save[0]()
             self._to_save.popleft()
 
+    def _stage(self, index: int, parameters: Flat) -> None:
+        model = export_model(self.bundle.header, self.bundle.graphs["infer"], parameters)
+        self.directory.stage_model(index, parameters, model)
+
     def _average(self, completed: Completed) -> tuple[Flat, dict[str, Any]]:
         total = completed.encoding.decode_sum(completed.ring_sum)
         following = self._strategy.step(self.parameters, total)
-        metrics: dict[str, Any] = {
+        return following, {
             "examples": round(total.examples),
             "train_loss": total.metrics[0],
             "update_norm": float(np.linalg.norm(total.average)),
         }
-        if self._evaluator is not None and self._held_out is not None:
-            sums = self._evaluator.evaluate(following, *self._held_out)
-            n = sums.get("examples", len(self._held_out.features))
-            metrics["test_loss"] = sums["loss_sum"] / n
-            if "correct" in sums:
-                metrics["test_accuracy"] = sums["correct"] / n
-        return following, metrics
+
+    def _evaluate(self, parameters: Flat) -> dict[str, Any]:
+        """On the held-out set, if there is one. A set that fails costs its numbers, not the round."""
+        if self._evaluator is None or self._held_out is None:
+            return {}
+        try:
+            sums = self._evaluator.evaluate(parameters, *self._held_out)
+        except (CoveyError, MemoryError) as error:
+            return {"test_problem": str(error) or "out of memory"}
+        n = sums.get("examples", len(self._held_out.features))
+        metrics = {"test_loss": sums["loss_sum"] / n}
+        if "correct" in sums:
+            metrics["test_accuracy"] = sums["correct"] / n
+        return metrics
 
     def _metrics_line(self, outcome: RoundOutcome) -> dict[str, Any]:
         """One round for metrics.jsonl: nothing of a single device but whether it took part."""

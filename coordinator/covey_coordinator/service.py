@@ -10,12 +10,12 @@ import logging
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from typing import TypeVar
 
-from covey_coordinator.blobs import BlobServer, UploadDesk
+from covey_coordinator.blobs import PATIENCE_S, BlobServer, UploadDesk
+from covey_coordinator.inbox import Heard, Inbox, Presence, Uploaded
 from covey_coordinator.registry import Registry
 from covey_coordinator.round import (
     Abandoned,
@@ -50,27 +50,10 @@ log = logging.getLogger("covey.coordinator")
 T = TypeVar("T")
 
 TICK_S = 0.2
-MAX_INBOX = 100_000
-MAX_DEVICES = 100_000
+GOODBYE_S = 2.0
+KEEP_S = 20.0
 RETRY_STORAGE_S = 5.0
 _DEVICE_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
-
-
-@dataclass(frozen=True, slots=True)
-class _Heard:
-    device: DeviceId
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Uploaded:
-    device: DeviceId
-
-
-@dataclass(frozen=True, slots=True)
-class _Presence:
-    device: DeviceId
-    online: bool
 
 
 Observer = Callable[[Moved | RoundOutcome | Progress], None]
@@ -108,17 +91,18 @@ class CoordinatorService:
         self.observer = observer
         self._pool = pool
         self._topics = Topics(trust.fleet)
-        self._inbox: asyncio.Queue[_Heard | _Uploaded | _Presence] = asyncio.Queue(MAX_INBOX)
+        self._inbox = Inbox()
         self._blobs = BlobServer(transport, self._topics)
         self._desk: UploadDesk | None = None
         self._round: Round | None = None
         self._last_round: Round | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
         self._outcome: Completed | Abandoned | None = None
         self._phase: Phase | None = None
         self._phase_since = 0.0
         self._phase_seconds: dict[str, float] = {}
         self._call: Publish | None = None
+        self._goodbyes: list[Publish] = []
         self.connected = asyncio.Event()
 
     # -- life -------------------------------------------------------------------------------------
@@ -128,17 +112,30 @@ class CoordinatorService:
         topics = self._topics
         await self.transport.start(self._on_message, self._on_connected, self._on_disconnected)
         await self.transport.subscribe(topics.outbox("+"), topics.upload("+"), topics.presence("+"))
-        self._tasks = [asyncio.create_task(self._guarded(self._blobs.serve))]
+        self._spawn(self._guarded(self._blobs.serve))
 
     async def close(self) -> None:
-        """Stop. An open round ends unheard; devices see the next call."""
-        for task in self._tasks:
+        """Stop. Devices in a round that was interrupted are told, if the broker can be reached."""
+        for task in list(self._tasks):
             task.cancel()
-        if self.transport_up:
-            with contextlib.suppress(TransportError, TimeoutError):
-                async with asyncio.timeout(2):
-                    await self.transport.publish(self._topics.round, b"", retain=True)
+        await self._withdraw_call()
         await self.transport.stop()
+
+    async def _withdraw_call(self) -> None:
+        """No round is open: the broker shall show none to devices that connect from now on."""
+        goodbyes, self._goodbyes = self._goodbyes, []
+        if not self.transport_up:
+            return
+        with contextlib.suppress(TransportError, TimeoutError):
+            async with asyncio.timeout(GOODBYE_S):
+                await self.transport.publish(self._topics.round, b"", retain=True)
+                for goodbye in goodbyes:
+                    await self._publish(goodbye)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     @property
     def transport_up(self) -> bool:
@@ -162,8 +159,7 @@ class CoordinatorService:
         if device is None or not _DEVICE_NAME.fullmatch(device):
             return
         if incoming.topic == self._topics.presence(device):
-            with contextlib.suppress(asyncio.QueueFull):
-                self._on_presence(device, incoming.payload == ONLINE)
+            self._on_presence(device, incoming.payload == ONLINE)
             return
         if self._round is None or not incoming.payload:
             return
@@ -171,28 +167,24 @@ class CoordinatorService:
             if incoming.topic == self._topics.upload(device):
                 self._on_frame(device, incoming.payload)
             elif incoming.topic == self._topics.outbox(device):
-                self._inbox.put_nowait(_Heard(device, incoming.payload))
+                self._inbox.heard(device, incoming.payload)
         except RemoteProtocolError as error:
             log.debug("dropped on %s: %s", incoming.topic, error)
-        except asyncio.QueueFull:
-            log.warning("flooded by %s; dropped a message", device)
 
     def _on_presence(self, device: DeviceId, online: bool) -> None:
-        if device in self.registry.present or len(self.registry.present) < MAX_DEVICES:
-            self.registry.presence(device, online)
-        if self._round is not None:
-            self._inbox.put_nowait(_Presence(device, online))
+        if self.registry.presence(device, online) and self._round is not None:
+            self._inbox.presence(device, online)
 
     def _on_frame(self, device: DeviceId, frame: bytes) -> None:
         if self._desk is not None and self._desk.feed(device, frame, self._clock()):
-            self._inbox.put_nowait(_Uploaded(device))
+            self._inbox.uploaded(device)
 
     async def _on_connected(self) -> None:
         log.info("connected to the broker")
         self.connected.set()
         if self._call is not None and self._round is not None and not self._round.over:
             # The broker may have lost what it retained.
-            self._tasks.append(asyncio.create_task(self._guarded_once(self._publish(self._call))))
+            self._spawn(self._guarded_once(self._publish(self._call)))
 
     async def _guarded_once(self, work: Awaitable[None]) -> None:
         with contextlib.suppress(TransportError):
@@ -216,9 +208,9 @@ class CoordinatorService:
         """Play one round to its end. Its blobs must be on offer already."""
         started = self._clock()
         bytes_in, bytes_out = self._bytes()
-        spool.open()
+        await self._stored(spool.open)
         self._desk = spool
-        self._inbox = asyncio.Queue(MAX_INBOX)
+        self._inbox = Inbox()
         self._outcome = None
         self._phase, self._phase_since, self._phase_seconds = None, started, {}
         machine = Round(
@@ -234,6 +226,11 @@ class CoordinatorService:
             await self._carry_out(machine.open(self._clock()))
             while (outcome := self._over()) is None:
                 await self._turn(machine, spool, index)
+        except asyncio.CancelledError:
+            with contextlib.suppress(Exception):  # a step of it may be under way in a thread
+                actions = machine.abandon("the coordinator was stopped; the run can go on later")
+                self._goodbyes = [action for action in actions if isinstance(action, Publish)]
+            raise
         finally:
             self._round, self._desk, self._call = None, None, None
             spool.close()
@@ -271,24 +268,38 @@ class CoordinatorService:
             async with asyncio.timeout(TICK_S):
                 event = await self._inbox.get()
         except TimeoutError:
-            await self._step(lambda: machine.tick(self._clock(), int(self._unix())))
-            await self._ask_for_missing(spool)
-            self._tell_progress(machine, index)
+            await self._tick(machine, spool, index)
             return
         try:
             match event:
-                case _Heard(device, data):
+                case Heard(device, data):
                     await self._message(machine, device, data)
-                case _Uploaded(device):
+                case Uploaded(device):
                     await self._upload_complete(machine, spool, device)
-                case _Presence(device, online):
+                case Presence(device, online):
                     await self._step(
                         lambda: machine.presence(device, online, self._clock(), int(self._unix()))
                     )
         except RemoteProtocolError as error:
             log.debug("refused from %s: %s", event.device, error)
-        if self._inbox.empty():
+        except (TransportError, StorageError):
+            raise
+        except Exception:
+            # A bug of ours, which one device must not be able to use against the others.
+            log.exception("an event of %s failed; it is dropped", event.device)
+        if not self._inbox:
             self._tell_progress(machine, index)
+
+    async def _tick(self, machine: Round, spool: UploadDesk, index: int) -> None:
+        try:
+            await self._step(lambda: machine.tick(self._clock(), int(self._unix())))
+            await self._ask_for_missing(spool)
+        except (TransportError, StorageError):
+            raise
+        except Exception as error:
+            log.exception("the round cannot go on")
+            await self._carry_out(machine.abandon(f"unexpected {type(error).__name__}: {error}"))
+        self._tell_progress(machine, index)
 
     async def _message(self, machine: Round, device: DeviceId, data: bytes) -> None:
         if data[1:2] == bytes((WantBlob.CODE,)):
@@ -311,7 +322,6 @@ class CoordinatorService:
         except MalformedError as error:
             log.warning("upload of %s: %s", device, error)
         except StorageError as error:
-            spool.problem = str(error)
             log.error("%s", error)
 
     async def _ask_for_missing(self, spool: UploadDesk) -> None:
@@ -340,27 +350,37 @@ class CoordinatorService:
                     if self._desk is not None and self._desk.expect(
                         device, h, payload, size, self._clock()
                     ):
-                        self._inbox.put_nowait(_Uploaded(device))
+                        self._inbox.uploaded(device)
                 case Fault(device, reason):
                     log.warning("%s: %s", device, reason)
                     self.registry.fault(device)
                 case Moved():
-                    self._moved(action)
+                    await self._moved(action)
                 case Completed() | Abandoned():
                     self._outcome = action
         await asyncio.gather(*published)
 
-    def _moved(self, moved: Moved) -> None:
+    async def _moved(self, moved: Moved) -> None:
+        if moved.phase is Phase.COLLECT and self._round is not None:
+            # Before the roster goes out, which is what devices wait for with their updates.
+            call = self._round.spec.call
+            await self._stored(lambda: self._counter.uploads_begin(call.model, call.revision))
         now = self._clock()
         if self._phase is not None:
             self._phase_seconds[self._phase.value] = now - self._phase_since
         self._phase, self._phase_since = moved.phase, now
         log.info("phase %s: %s", moved.phase.value, moved.detail)
-        self.observer(moved)
+        self._tell(moved)
+
+    def _tell(self, event: Moved | RoundOutcome | Progress) -> None:
+        try:
+            self.observer(event)
+        except Exception:
+            log.exception("an observer failed; the round goes on")
 
     def _tell_progress(self, machine: Round, index: int) -> None:
         answered, awaited = machine.progress
-        self.observer(
+        self._tell(
             Progress(
                 round=machine.spec.call.round,
                 index=index,
@@ -387,25 +407,41 @@ class CoordinatorService:
         as it is. on_sum: told every decoded ring sum, for simulations that know the plaintext.
         """
         await self._stored(run.begin)
-        desk = UploadDesk(run.directory.spool)
+        patience_s = min(PATIENCE_S, run.config.deadlines.resend_s)
+        desk = UploadDesk(run.directory.spool, patience_s)
         while run.rounds_left and not (stop and stop.is_set()):
-            self._blobs.offer(run.blobs())
+            self._blobs.offer(await self._in_thread(run.blobs))
             round_id = await self._stored(self._counter.next)
-            await self._stored(desk.open)
-            spec = run.spec(self._trust.fleet, round_id)
+            model = run.model_digest
+            revision = await self._stored(lambda model=model: self._counter.revision(model))  # type: ignore[misc]
+            spec = run.spec(self._trust.fleet, round_id, revision)
             outcome = await self.run_round(spec, run.index, desk)
             if outcome.completed is not None:
                 on_sum(round_id, outcome.completed)
-            outcome = await self._absorb(run, outcome)
-            await self._stored(run.save)
+            outcome = await self._kept(run, outcome)
             if outcome.completed is not None:
                 await self._announce(run, outcome.completed)
-            self.observer(outcome)
+            self._tell(outcome)
         await self._stored(run.end)
+        await self._withdraw_call()
         return run.state
 
-    async def _absorb(self, run: Run, outcome: RoundOutcome) -> RoundOutcome:
-        return await self._in_thread(lambda: run.absorb(outcome))
+    async def _kept(self, run: Run, outcome: RoundOutcome) -> RoundOutcome:
+        """What a round came to, averaged and on disk. Being stopped meanwhile loses nothing, if the
+        disk only lets us."""
+
+        async def keep() -> RoundOutcome:
+            absorbed = await self._in_thread(lambda: run.absorb(outcome))
+            await self._stored(run.save)
+            return absorbed
+
+        keeping = asyncio.create_task(keep())
+        try:
+            return await asyncio.shield(keeping)
+        except asyncio.CancelledError:
+            await asyncio.wait({keeping}, timeout=KEEP_S)
+            keeping.cancel()
+            raise
 
     async def _stored(self, write: Callable[[], T]) -> T:
         """Do it, and when the disk refuses, keep everything and try again until it works."""

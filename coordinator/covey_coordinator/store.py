@@ -1,11 +1,11 @@
-"""What the coordinator keeps on disk, every file whole or not there.
+"""What the coordinator keeps on disk, every file whole or not there (see `files`).
 
 A fleet's directory::
 
     covey.toml             the configuration
     ca/ca.key, ca.pub      the fleet CA
     coordinator.key, .pub  the key that devices pin
-    rounds                 the highest round number ever called
+    rounds                 what devices remember of rounds, mirrored (see `RoundCounter`)
     broker/                the broker's own files, when `covey up` runs it
     devices/NAME/          what is handed to a device, and its identity's public key
     runs/NAME/             one run
@@ -18,10 +18,19 @@ and a run's::
     model.onnx             the same, as one file that anything can load
     metrics.jsonl          one line per round
     rounds/00007/model.onnx
+    next.bin               a model that state.json may not name yet
+    progress.json          the open round, for whoever watches
     spool/                 uploads of the open round
+
+A round's end is several files, and one of them decides: `state.json` names the model by its hash and
+holds the round's line of metrics. What it says and other files lack, `RunDirectory.settle` makes up
+for; what they hold and it does not name, never happened.
 """
 
+import contextlib
+import hashlib
 import os
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,72 +38,39 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from covey_coordinator.files import (
+    append_line,
+    last_line,
+    storage_error,
+    sync_directory,
+    write_atomic,
+)
 from covey_shared.errors import ConfigError, StorageError
 from covey_shared.layout import Flat
 
 RunStatus = Literal["queued", "running", "completed", "stopped", "failed"]
+Count = Annotated[int, Meta(ge=0)]
+HexDigest = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
+HexRunId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 
+MAX_REMEMBERED_MODELS = 1000
+"""As many as devices remember to have contributed to."""
 
-def write_atomic(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = True) -> None:
-    """Write a new file beside `path`, sync it and rename it over. Raises StorageError."""
-    fresh = path.with_name(f".{path.name}.new")
-    try:
-        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-        with os.fdopen(fd, "wb") as file:
-            os.fchmod(fd, mode)
-            file.write(data)
-            file.flush()
-            if durable:
-                os.fsync(fd)
-        fresh.replace(path)
-        if durable:
-            _sync_directory(path.parent)
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        raise StorageError(
-            f"cannot write {path}: {error.strerror}; free some space, or check its owner"
-        ) from error
-
-
-def append_line(path: Path, line: bytes) -> None:
-    """Append one line durably. A line that was cut off by a crash before is completed first."""
-    try:
-        with path.open("ab+") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size:
-                file.seek(size - 1)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            try:
-                file.write(line + b"\n")
-                file.flush()
-            except OSError:
-                file.truncate(size)  # half a line would be worse than none
-                raise
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise StorageError(
-            f"cannot append to {path}: {error.strerror}; free some space, or check its owner"
-        ) from error
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 class RunState(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """Where a run stands. revision: abandoned rounds on the current model since its uploads began."""
+    """Where a run stands. model: SHA-256 of the current parameters, empty before the first completed
+    round; model_index: the round they came from. last: the last round's line of metrics."""
 
     status: RunStatus = "queued"
-    run_id: str
-    rounds_done: Annotated[int, Meta(ge=0)] = 0
-    rounds_completed: Annotated[int, Meta(ge=0)] = 0
-    rounds_abandoned: Annotated[int, Meta(ge=0)] = 0
-    revision: Annotated[int, Meta(ge=0)] = 0
+    run_id: HexRunId
+    rounds_done: Count = 0
+    rounds_completed: Count = 0
+    rounds_abandoned: Count = 0
+    model: HexDigest = ""
+    model_index: Count = 0
+    last: dict[str, Any] | None = None
     message: str = ""
 
 
@@ -110,22 +86,58 @@ class Progress(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     present: int
 
 
+class _Rounds(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    last: Count = 0
+    uploads: dict[str, Count] = msgspec.field(default_factory=dict)
+
+
 class RoundCounter:
-    """Round numbers only ever grow, over all runs of a fleet: devices refuse to go back."""
+    """Round numbers and revisions, over all runs of a fleet: what its devices hold us to.
+
+    A device joins no round up to the last one it joined, and contributes to the same model again
+    only under a higher revision. So numbers only ever grow, and the revision of a model whose
+    uploads began is used up, however its round ended and whichever run it was of.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def next(self) -> int:
         """A number never given before, made durable before it is used. Raises StorageError."""
+        rounds = self._read()
+        rounds.last += 1
+        self._write(rounds)
+        return rounds.last
+
+    def revision(self, model: bytes) -> int:
+        """Under which revision this model may be called. model: its hash. Raises StorageError."""
+        used = self._read().uploads.get(model.hex())
+        return 0 if used is None else used + 1
+
+    def uploads_begin(self, model: bytes, revision: int) -> None:
+        """Durable when this returns: from now on devices may contribute. Raises StorageError."""
+        rounds = self._read()
+        uploads, name = rounds.uploads, model.hex()
+        used = max(revision, uploads.pop(name, 0))
+        kept = list(uploads.items())[-(MAX_REMEMBERED_MODELS - 1) :]
+        rounds.uploads = dict(kept) | {name: used}
+        self._write(rounds)
+
+    def _read(self) -> _Rounds:
         try:
-            last = int(self._path.read_text(encoding="ascii")) if self._path.exists() else 0
-        except (OSError, ValueError) as error:
+            return msgspec.json.decode(self._path.read_bytes(), type=_Rounds)
+        except FileNotFoundError:
+            return _Rounds()
+        except OSError as error:
+            raise storage_error("read", self._path, error) from error
+        except _UNREADABLE as error:
             raise StorageError(
-                f"{self._path} is unreadable ({error}); write into it a number above the last round"
+                f'{self._path} is damaged ({error}); write {{"last": N}} into it, N a number no '
+                "lower than that of the last round, which `covey-device check` tells on a device"
             ) from error
-        write_atomic(self._path, b"%d\n" % (last + 1))
-        return last + 1
+
+    def _write(self, rounds: _Rounds) -> None:
+        write_atomic(self._path, msgspec.json.encode(rounds))
 
 
 class RunDirectory:
@@ -145,10 +157,14 @@ class RunDirectory:
                 f"there is a run {path.name!r} already; choose another name"
             ) from None
         except OSError as error:
-            raise StorageError(f"cannot make {path}: {error.strerror}") from error
+            raise storage_error("make", path, error) from error
         run = cls(path)
-        write_atomic(path / "run.toml", run_toml)
-        run.save_state(RunState(run_id=run_id.hex()))  # last: what has a state is complete
+        try:
+            write_atomic(path / "run.toml", run_toml)
+            run.save_state(RunState(run_id=run_id.hex()))  # last: what has a state is complete
+        except StorageError:
+            shutil.rmtree(path, ignore_errors=True)  # or its name would be taken
+            raise
         return run
 
     @property
@@ -162,57 +178,101 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     def state(self) -> RunState:
-        """Raises StorageError."""
+        """Where it stands. Raises StorageError."""
         path = self.path / "state.json"
         try:
             return msgspec.json.decode(path.read_bytes(), type=RunState)
-        except (OSError, msgspec.MsgspecError) as error:
-            raise StorageError(f"cannot read {path}: {error}") from error
+        except OSError as error:
+            raise storage_error("read", path, error) from error
+        except _UNREADABLE as error:
+            raise StorageError(
+                f"{path} is damaged ({error}); restore it, or remove the run and queue it anew"
+            ) from error
 
     def save_state(self, state: RunState) -> None:
         """Durable when this returns. Raises StorageError."""
         write_atomic(self.path / "state.json", msgspec.json.encode(state))
 
-    def parameters(self, n_params: int) -> Flat | None:
+    def parameters(self, state: RunState, n_params: int) -> Flat | None:
         """The current model; None before the first completed round. Raises StorageError."""
-        path = self.path / "parameters.bin"
-        if not path.exists():
+        if not state.model:
             return None
-        try:
-            flat = np.fromfile(path, dtype="<f4").astype(np.float32)
-        except OSError as error:
-            raise StorageError(f"cannot read {path}: {error.strerror}") from error
-        if flat.shape != (n_params,):
-            raise StorageError(f"{path} has {flat.size} values, the plan {n_params}")
-        return flat
+        for name in ("parameters.bin", "next.bin"):
+            with contextlib.suppress(FileNotFoundError):
+                data = self._read(name)
+                if hashlib.sha256(data).hexdigest() == state.model and len(data) == 4 * n_params:
+                    return np.frombuffer(data, "<f4").astype(np.float32)
+        raise StorageError(
+            f"{self.path / 'parameters.bin'} is not the model that state.json names; restore both, "
+            "or queue the run anew"
+        )
 
-    def save_model(self, index: int, parameters: Flat, model: bytes) -> None:
-        """A completed round's model: its own copy, and the current one. Raises StorageError."""
+    def stage_model(self, index: int, parameters: Flat, model: bytes) -> None:
+        """A completed round's model, before `save_state` names it. Raises StorageError."""
         directory = self.path / "rounds" / f"{index:05}"
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            sync_directory(directory.parent)
         except OSError as error:
-            raise StorageError(f"cannot make {directory}: {error.strerror}") from error
+            raise storage_error("make", directory, error) from error
         write_atomic(directory / "model.onnx", model)
-        write_atomic(self.path / "model.onnx", model)
-        write_atomic(self.path / "parameters.bin", parameters.astype("<f4").tobytes())
+        write_atomic(self.path / "next.bin", parameters.astype("<f4").tobytes())
 
-    def add_metrics(self, line: dict[str, Any]) -> None:
-        """Append a round's line. Raises StorageError."""
-        append_line(self.metrics, msgspec.json.encode(line))
+    def settle(self, state: RunState) -> None:
+        """Bring the other files to what the saved state says. Raises StorageError, and can be
+        called again."""
+        fresh = self.path / "next.bin"
+        try:
+            if fresh.exists() and hashlib.sha256(self._read("next.bin")).hexdigest() == state.model:
+                self._release(self.path / "rounds" / f"{state.model_index:05}" / "model.onnx")
+                fresh.replace(self.path / "parameters.bin")
+            fresh.unlink(missing_ok=True)
+            sync_directory(self.path)
+        except OSError as error:
+            raise storage_error("write", self.path / "parameters.bin", error) from error
+        if state.last is not None and self._last_index() != state.rounds_done:
+            append_line(self.metrics, msgspec.json.encode(state.last))
+
+    def _release(self, model: Path) -> None:
+        """model.onnx is another name of the round's file, where the file system has such a thing."""
+        name = self.path / ".model.onnx.new"
+        name.unlink(missing_ok=True)
+        try:
+            os.link(model, name)
+        except OSError:
+            write_atomic(self.path / "model.onnx", model.read_bytes())
+        else:
+            name.replace(self.path / "model.onnx")
+
+    def _last_index(self) -> int | None:
+        try:
+            line = msgspec.json.decode(last_line(self.metrics), type=dict[str, Any])
+        except _UNREADABLE:
+            return None
+        index = line.get("index")
+        return index if isinstance(index, int) else None
+
+    def _read(self, name: str) -> bytes:
+        path = self.path / name
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise storage_error("read", path, error) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All complete lines so far."""
+        """All complete lines so far. Raises StorageError."""
         try:
             lines = self.metrics.read_bytes().split(b"\n")
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise storage_error("read", self.metrics, error) from error
         kept = []
         for line in lines:
-            try:
+            with contextlib.suppress(*_UNREADABLE):  # empty, or cut off by a crash
                 kept.append(msgspec.json.decode(line, type=dict[str, Any]))
-            except msgspec.MsgspecError:
-                continue  # empty, or cut off by a crash
         return kept
 
     def show(self, progress: Progress) -> None:
@@ -223,5 +283,5 @@ class RunDirectory:
         """What `show` wrote last, if anything."""
         try:
             return msgspec.json.decode((self.path / "progress.json").read_bytes(), type=Progress)
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, *_UNREADABLE):
             return None
