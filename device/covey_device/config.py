@@ -43,7 +43,7 @@ class PolicyConfig(Config, frozen=True):
 
     min_cohort: Annotated[int, Meta(ge=2, le=MAX_COHORT)] = 3
     max_weight: PositiveInt = 1_000_000
-    max_revisions: Annotated[int, Meta(ge=0)] = 8
+    max_revisions: Annotated[int, Meta(ge=0)] = 50
 
 
 class DeviceConfig(Config, frozen=True):

@@ -150,7 +150,7 @@ class Policy:
 
     min_cohort: int = 3
     max_weight: int = 1_000_000
-    max_revisions: int = 8
+    max_revisions: int = 50
 
 
 @dataclass(frozen=True, slots=True)

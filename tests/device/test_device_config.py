@@ -63,7 +63,7 @@ def test_defaults_are_the_session_s_own(tmp_path: Path):
     assert read.limits == LimitsConfig()
     assert read.policy == PolicyConfig()
     policy = Policy()
-    assert (policy.min_cohort, policy.max_weight, policy.max_revisions) == (3, 1_000_000, 8)
+    assert (policy.min_cohort, policy.max_weight, policy.max_revisions) == (3, 1_000_000, 50)
     assert read.policy == PolicyConfig(
         min_cohort=policy.min_cohort,
         max_weight=policy.max_weight,
