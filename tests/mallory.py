@@ -63,7 +63,7 @@ class Mallory:
         self.call = lab.call(round_id, **call)
         self.reveal_key = keys.AgreementKey(lab.rng(32))
         self.check_ins: dict[DeviceId, bytes] = {}
-        self.cohort: Cohort = None  # type: ignore[assignment]
+        self.cohort: Cohort = None  # type: ignore[assignment]  # until `share`
         self.shares: dict[DeviceId, Shares] = {}
         self.u2: frozenset[int] = frozenset()
         self.u3: frozenset[int] = frozenset()
@@ -103,12 +103,20 @@ class Mallory:
     def ask(
         self, message: Message, kind: type[Message], names: Iterable[DeviceId] | None = None
     ) -> dict[DeviceId, Signed[Message]]:
-        """Tell devices (all, by default) the same thing; their answers of one kind."""
+        """Tell devices (by default all that there are in the round) the same thing; their answers of
+        one kind."""
         answers = {}
-        for name in self.lab.names if names is None else names:
+        for name in self.members if names is None else names:
             for signed in published(self.tell(name, message), kind):
                 answers[name] = signed
         return answers
+
+    @property
+    def members(self) -> list[DeviceId]:
+        """The devices that are in the round, as far as it has got."""
+        if self.cohort is None:
+            return list(self.lab.names)
+        return [peer.device for peer in self.cohort.peers]
 
     # -- the steps of a round ---------------------------------------------------------------------
 
@@ -167,7 +175,7 @@ class Mallory:
     def share(self) -> "Mallory":
         manifest = self.manifest()
         self.cohort = self.cohort_of(manifest)
-        answers = self.ask(manifest, Shares)
+        answers = self.ask(manifest, Shares, self.check_ins)
         self.shares = {name: signed.message for name, signed in answers.items()}  # type: ignore[misc]
         self.u2 = frozenset(self.cohort.index_of(name) for name in self.shares)
         return self
@@ -188,7 +196,7 @@ class Mallory:
         return Delivery(**(fields | changes))  # type: ignore[arg-type]
 
     def deliver(self) -> "Mallory":
-        for name in self.lab.names:
+        for name in self.members:
             for vote in published(self.tell(name, self.delivery(name)), RosterVote):
                 self.roster_votes[name] = vote.envelope
         return self

@@ -1,0 +1,196 @@
+"""Take out every check of the protocol in turn, and see that a test notices.
+
+    python tests/attacks/mutants.py            all of them, a quarter of an hour
+    python tests/attacks/mutants.py rules      those of files whose name has "rules" in it
+    python tests/attacks/mutants.py --list     only say what would be done
+
+Not a test itself: `pytest` does not collect this file. It works on a copy of the packages in a
+temporary folder. A mutant is the code with
+
+* one `raise` replaced by `pass`,
+* one statement that only calls a check (`....check(...)`, `_check_...(...)`, `_refuse_...(...)`) or
+  `forget()` replaced by `pass`,
+* one `if ...: return` that drops or reports a message taken out, or
+* one comparison of sizes moved by one (`<` for `<=` and so on).
+
+What no test notices is printed, unless SURVIVORS says why it makes no difference.
+"""
+
+import ast
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SECAGG = "shared/covey_shared/secagg"
+ROUND = "coordinator/covey_coordinator/round.py"
+SESSION = "device/covey_device/session.py"
+TARGETS = [
+    *(f"{SECAGG}/{name}.py" for name in ("rules", "cohort", "bitmap", "parameters")),
+    *(f"{SECAGG}/{name}.py" for name in ("participant", "committee", "aggregator")),
+    ROUND,
+    SESSION,
+]
+# The quick ones first: most mutants do not live to see the last.
+TESTS = [
+    "tests/shared/test_secagg_roles.py",
+    "tests/shared/test_secagg_aggregator.py",
+    "tests/device/test_session.py",
+    "tests/coordinator/test_round.py",
+    "tests/attacks/test_attack_votes.py",
+    "tests/attacks/test_attack_manifest.py",
+    "tests/attacks/test_attack_boxes.py",
+    "tests/attacks/test_attack_reveals.py",
+    "tests/attacks/test_attack_uploads.py",
+    "tests/attacks/test_attack_network.py",
+    "tests/shared/test_secagg_restarts.py",
+    "tests/shared/test_secagg_machine.py",
+    "tests/shared/test_secagg_rounds.py",
+]
+# Where most mutants of a file are noticed.
+FIRST = {
+    "rules": "test_attack_manifest",
+    "cohort": "test_attack_manifest",
+    "committee": "test_attack_votes",
+    "round": "test_round",
+    "session": "test_session",
+}
+CHECKS = ("check", "_check_", "check_", "_refuse_", "verified_", "forget")
+SHIFTED = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}
+
+# (file, function, what) -> why no test can notice.
+SURVIVORS: dict[tuple[str, str, str], str] = {}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change. at: (first line, first column, last line, last column), all as `ast` counts."""
+
+    path: str
+    function: str
+    what: str
+    at: tuple[int, int, int, int]
+    instead: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return Path(self.path).stem, self.function, self.what
+
+    def apply(self, source: str) -> str:
+        lines = source.encode().split(b"\n")
+        first, column, last, end = self.at
+        before, after = lines[first - 1][:column], lines[last - 1][end:]
+        lines[first - 1 : last] = [before + self.instead.encode() + after]
+        return b"\n".join(lines).decode()
+
+
+def mutants_of(path: str, root: Path = ROOT) -> Iterator[Mutant]:
+    source = (root / path).read_text()
+    seen: Counter[tuple[str, str]] = Counter()
+
+    def mutant(node: ast.AST, function: str, what: str, instead: str) -> Mutant:
+        what = " ".join(what.split())
+        seen[function, what] += 1
+        if seen[function, what] > 1:
+            what += f" ({seen[function, what]})"
+        at = (node.lineno, node.col_offset, node.end_lineno, node.end_col_offset)  # type: ignore[attr-defined]
+        return Mutant(path, function, what, at, instead)
+
+    def walk(node: ast.AST, function: str) -> Iterator[Mutant]:
+        text = ast.get_source_segment(source, node) or ""
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                function = f"{function}.{name}".lstrip(".")
+            case ast.Raise():
+                yield mutant(node, function, text, "pass")
+            case ast.Expr(value=ast.Call(func=called)):
+                name = (
+                    called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+                )
+                if name.startswith(CHECKS):
+                    yield mutant(node, function, text, "pass")
+            case ast.If(test=test, body=[ast.Return()], orelse=[]):
+                condition = ast.get_source_segment(source, test) or ""
+                yield mutant(test, function, f"if {condition}: return", "False")
+            case ast.Compare(ops=[op], comparators=[right]) if type(op) in SHIFTED:
+                left = ast.get_source_segment(source, node.left)
+                other = ast.get_source_segment(source, right)
+                yield mutant(node, function, text, f"({left} {SHIFTED[type(op)]} {other})")
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, function)
+
+    yield from walk(ast.parse(source), "")
+
+
+def survives(mutant: Mutant, copy: Path) -> bool:
+    """Whether all tests pass with the mutant."""
+    target = copy / mutant.path
+    original = target.read_text()
+    target.write_text(mutant.apply(original))
+    first = FIRST.get(mutant.key[0], TESTS[0])
+    tests = sorted(TESTS, key=lambda test: Path(test).stem != first)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
+            cwd=copy,
+            env={"PYTHONPATH": ":".join(path_of(copy)), "PATH": "/usr/bin:/bin", "HOME": str(copy)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        target.write_text(original)
+    if done.returncode not in (0, 1, 2):
+        raise SystemExit(done.stdout + done.stderr)
+    return done.returncode == 0
+
+
+def path_of(copy: Path) -> list[str]:
+    return [str(copy / folder) for folder in ("shared", "coordinator", "device", "deploy")]
+
+
+def main(arguments: list[str]) -> int:
+    wanted = [argument for argument in arguments if not argument.startswith("-")]
+    mutants = [
+        mutant
+        for path in TARGETS
+        if not wanted or any(word in path for word in wanted)
+        for mutant in mutants_of(path)
+    ]
+    if "--list" in arguments:
+        for mutant in mutants:
+            print(*mutant.key, sep=" :: ")
+        return 0
+    left: list[Mutant] = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        ignore = shutil.ignore_patterns("__pycache__")
+        for name in ("shared", "coordinator", "device", "deploy", "tests", "docs"):
+            shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        for number, mutant in enumerate(mutants, 1):
+            if mutant.key in SURVIVORS:
+                continue
+            if survives(mutant, copy):
+                left.append(mutant)
+                print("SURVIVES", *mutant.key, sep=" :: ", flush=True)
+            elif number % 10 == 0:
+                print(f"{number} of {len(mutants)}", flush=True)
+    known = {mutant.key for mutant in mutants}
+    stale = [key for key in SURVIVORS if not wanted and key not in known]
+    for key in stale:
+        print("EXPLAINED, BUT GONE", *key, sep=" :: ")
+    explained = sum(mutant.key in SURVIVORS for mutant in mutants)
+    print(f"{len(mutants)} mutants, {explained} explained, {len(left)} survive")
+    return 1 if left or stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
