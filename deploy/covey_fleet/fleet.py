@@ -31,7 +31,7 @@ from covey_fleet.device import BACKOFF_BASE_S, BACKOFF_CAP_S, DeviceSpec, Traffi
 from covey_fleet.digits import Examples
 from covey_fleet.eavesdropper import Eavesdropper
 from covey_fleet.faults import FaultPlan, Vanished
-from covey_fleet.seats import LocalSeat, ProcessSeat, Seat
+from covey_fleet.seats import LocalSeat, ProcessSeat, Seat, start_fork_server
 from covey_fleet.witness import Witness
 from covey_shared import wire
 from covey_shared.errors import TransportError
@@ -121,6 +121,8 @@ class Fleet:
 
     async def _start(self) -> None:
         self._failure = asyncio.get_running_loop().create_future()
+        if self.settings.processes:
+            start_fork_server()
         await self._start_broker()
         self._make_devices()
         await self._start_coordinator()

@@ -7,8 +7,10 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing
+import signal
 from collections.abc import Callable
 from concurrent.futures import Executor
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Protocol
@@ -29,9 +31,21 @@ MAX_FAILED_STARTS = 3
 
 _GOODBYE_S = 5.0
 
-# Forked from a server that has everything imported: a child is there within a few milliseconds,
-# where an interpreter that imports numpy and onnxruntime takes most of a second.
-_PRELOAD = ["covey_fleet.worker"]
+
+def start_fork_server() -> None:
+    """Begin importing what devices need, in the process that theirs are forked from.
+
+    A fork is there within milliseconds, where an interpreter that imports numpy and onnxruntime
+    takes most of a second. Harmless when it runs already.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["covey_fleet.worker"])
+    # Ctrl-C goes to the whole terminal. The server would die of it while it imports, and with a
+    # traceback; what is ignored here stays so in it and in its children.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Seat(Protocol):
@@ -150,7 +164,6 @@ class ProcessSeat:
         self._on_failure = on_failure
         self._log_file = log_file
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOAD)
         self._process: multiprocessing.process.BaseProcess | None = None
         self._reports: Connection | None = None
         self._ended = asyncio.Event()
