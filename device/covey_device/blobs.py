@@ -76,8 +76,10 @@ class BlobFetcher:
                     assembly.reset()
             return bytes(sink.data)
         finally:
-            del self._open[digest]
-            await self._transport.unsubscribe(topic)
+            # A later fetch of the same blob may have begun while this one was being cancelled.
+            if self._open.get(digest, (None,))[0] is assembly:
+                del self._open[digest]
+                await self._transport.unsubscribe(topic)
 
     async def _complete(self, assembly: Assembly, progress: asyncio.Event) -> None:
         patience_s, attempts = PATIENCE_S, 0

@@ -4,20 +4,23 @@ The identity key is readable by its owner alone; a key that others can read is r
 written to a new file, synced and renamed, so that a power cut leaves the old one or the new one.
 """
 
+import contextlib
 import os
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from covey_device.session import Memory
-from covey_shared import keys, wire
-from covey_shared.errors import ConfigError, RemoteProtocolError, StorageError
+from covey_shared import config, keys, wire
+from covey_shared.errors import ConfigError, CoveyError, RemoteProtocolError, StorageError
 from covey_shared.messages import Certificate
 
 
 class _MemoryFile(msgspec.Struct, forbid_unknown_fields=True):
-    last_round: int
-    contributed: dict[str, int]
+    last_round: Annotated[int, Meta(ge=0)]
+    contributed: dict[str, Annotated[int, Meta(ge=0)]]
 
 
 # Contributions are remembered per model hash; a device that has seen this many models forgets the
@@ -29,16 +32,19 @@ def load_identity(path: Path) -> keys.SigningKey:
     """The device's Ed25519 key: 64 hexadecimal digits. Raises ConfigError."""
     try:
         mode = path.stat().st_mode & 0o777
-        text = path.read_text(encoding="ascii").strip()
+        text = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError as error:
+        problem = config.unreadable(f"identity key {path}", error)
+        raise ConfigError(f"{problem}; `covey device add` makes one") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"identity key {path} cannot be read: {error}") from error
+        raise config.unreadable(f"identity key {path}", error) from error
     if mode & 0o077:
         raise ConfigError(
             f"identity key {path} can be read by others (mode {mode:04o}); run: chmod 600 {path}"
         )
     try:
         return keys.SigningKey(bytes.fromhex(text))
-    except Exception as error:
+    except (ValueError, CoveyError) as error:
         raise ConfigError(f"identity key {path} is not 64 hexadecimal digits") from error
 
 
@@ -48,13 +54,17 @@ def load_certificate(path: Path, ca: bytes, fleet: str, device: str, identity: b
         envelope = path.read_bytes()
         certificate = wire.opened(Certificate, envelope, ca, signer="the fleet CA").message
     except OSError as error:
-        raise ConfigError(f"certificate {path} cannot be read: {error}") from error
+        raise config.unreadable(f"certificate {path}", error) from error
     except RemoteProtocolError as error:
         raise ConfigError(f"certificate {path}: {error}; is [trust].fleet_ca right?") from error
-    if (certificate.fleet, certificate.device, certificate.identity) != (fleet, device, identity):
+    if (certificate.fleet, certificate.device) != (fleet, device):
         raise ConfigError(
             f"certificate {path} is for {certificate.device} in fleet {certificate.fleet}, "
-            f"this is {device} in fleet {fleet}, or its key is another"
+            f"this is {device} in fleet {fleet}; use its own"
+        )
+    if certificate.identity != identity:
+        raise ConfigError(
+            f"certificate {path} is for another identity key; use the two that belong together"
         )
     return envelope
 
@@ -68,7 +78,10 @@ class MemoryFile:
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"cannot make the state directory {directory}: {error}") from error
+            raise StorageError(
+                f"cannot make the state directory {directory}: {error.strerror}; check its owner, or "
+                "set `state` to another"
+            ) from error
 
     def load(self) -> Memory:
         """What was saved last; nothing yet for a new device. Raises StorageError for a damaged file,
@@ -78,10 +91,12 @@ class MemoryFile:
         except FileNotFoundError:
             return Memory()
         except OSError as error:
-            raise StorageError(f"cannot read {self._path}: {error}") from error
+            raise StorageError(
+                f"cannot read {self._path}: {error.strerror}; check its owner"
+            ) from error
         try:
             kept = msgspec.json.decode(data, type=_MemoryFile)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise StorageError(
                 f"{self._path} is damaged ({error}); restore it, or enrol this device anew under "
                 "another name"
@@ -94,10 +109,15 @@ class MemoryFile:
         data = msgspec.json.encode(_MemoryFile(memory.last_round, recent))
         fresh = self._path.with_suffix(".new")
         try:
-            with fresh.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            fresh.unlink(missing_ok=True)
+            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[os.write(fd, rest) :]
+                os.fsync(fd)
+            finally:
+                os.close(fd)
             fresh.replace(self._path)
             handle = os.open(self._directory, os.O_RDONLY)
             try:
@@ -105,7 +125,8 @@ class MemoryFile:
             finally:
                 os.close(handle)
         except OSError as error:
-            fresh.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
             raise StorageError(
                 f"cannot write {self._path}: {error.strerror}; free some space, or check its owner"
             ) from error

@@ -1,0 +1,218 @@
+"""Fetching by hash: asks for what is missing, backs off, gives up, and believes only the hash."""
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from covey_device import blobs
+from covey_device.blobs import BlobFetcher
+from covey_shared import chunks
+from covey_shared.chunks import CHUNK_BYTES
+from covey_shared.errors import MalformedError, RefusedError
+from covey_shared.topics import Topics
+from memory_fleet import go
+
+TOPICS = Topics("farm")
+DATA = bytes(range(256)) * ((3 * CHUNK_BYTES) // 256 + 100)  # four chunks
+DIGEST = hashlib.sha256(DATA).digest()
+FRAMES = list(chunks.split(chunks.blob_of(DATA)))
+
+
+class Subscriptions:
+    """The part of a transport that a fetcher uses."""
+
+    def __init__(self) -> None:
+        self.now: list[str] = []
+        self.ever: list[str] = []
+
+    async def subscribe(self, *topic_filters: str) -> None:
+        self.now.extend(topic_filters)
+        self.ever.extend(topic_filters)
+
+    async def unsubscribe(self, *topic_filters: str) -> None:
+        for topic_filter in topic_filters:
+            self.now.remove(topic_filter)
+
+
+Answer = Callable[[BlobFetcher, int, tuple[tuple[int, int], ...]], None]
+
+
+class Bench:
+    """A fetcher, what it asked for and when, and a coordinator that answers as told."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.transport = Subscriptions()
+        self.asked: list[tuple[tuple[int, int], ...]] = []
+        self.at: list[float] = []
+        self._answer = answer
+        self.fetcher = BlobFetcher(
+            self.transport,  # type: ignore[arg-type]
+            TOPICS,
+            self._ask,
+            jitter=lambda: 0.5,
+        )
+
+    async def _ask(self, digest: bytes, ranges: tuple[tuple[int, int], ...]) -> None:
+        assert digest == DIGEST
+        self.asked.append(ranges)
+        self.at.append(asyncio.get_running_loop().time())
+        loop = asyncio.get_running_loop()
+        loop.call_soon(self._answer, self.fetcher, len(self.asked), ranges)
+
+    async def fetch(self, *, size: int = len(DATA), limit: int = len(DATA)) -> bytes:
+        return await self.fetcher.fetch(DIGEST, size, limit=limit)
+
+
+def everything(fetcher: BlobFetcher, time: int, ranges: Any) -> None:
+    for first, count in ranges:
+        for index in range(first, first + count):
+            fetcher.feed(FRAMES[index])
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blobs, "PATIENCE_S", 0.02)
+    monkeypatch.setattr(blobs, "MAX_PATIENCE_S", 0.1)
+
+
+def test_a_blob_comes_whole_and_its_topic_is_left():
+    async def scenario() -> None:
+        bench = Bench(everything)
+        assert await bench.fetch() == DATA
+        assert bench.asked == [((0, 4),)]
+        assert bench.transport.ever == [TOPICS.blob(DIGEST)]
+        assert bench.transport.now == []
+
+    go(scenario())
+
+
+def test_only_what_is_missing_is_asked_for_again():
+    def some(fetcher: BlobFetcher, time: int, ranges: Any) -> None:
+        for index in ((3, 0), (2,), (1,))[time - 1]:
+            fetcher.feed(FRAMES[index])
+            fetcher.feed(FRAMES[index])
+
+    async def scenario() -> None:
+        bench = Bench(some)
+        assert await bench.fetch() == DATA
+        assert bench.asked == [((0, 4),), ((1, 2),), ((1, 1),)]
+
+    go(scenario())
+
+
+def test_silence_is_answered_with_patience_that_doubles():
+    waited: list[float] = []
+    real = asyncio.timeout
+
+    def timeout(delay: float) -> Any:
+        waited.append(delay)
+        return real(delay)
+
+    async def scenario() -> None:
+        bench = Bench(lambda *_: None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(blobs.asyncio, "timeout", timeout)
+            with pytest.raises(RefusedError, match=r"does not come: 0 of 4 chunks"):
+                await bench.fetch()
+        assert len(bench.asked) == blobs.MAX_ATTEMPTS_WITHOUT_PROGRESS + 1
+        assert waited[:4] == pytest.approx([0.02, 0.04, 0.08, 0.1])
+        assert max(waited) == pytest.approx(0.1)
+        assert bench.transport.now == []
+
+    go(scenario())
+
+
+def test_progress_restores_patience():
+    def a_chunk_every_third_time(fetcher: BlobFetcher, time: int, ranges: Any) -> None:
+        if time % 3 == 0:
+            fetcher.feed(FRAMES[ranges[0][0]])
+
+    async def scenario() -> None:
+        bench = Bench(a_chunk_every_third_time)
+        assert await bench.fetch() == DATA
+        assert len(bench.asked) == 12 > blobs.MAX_ATTEMPTS_WITHOUT_PROGRESS + 1
+
+    go(scenario())
+
+
+def test_a_blob_beyond_the_limit_is_not_even_asked_for():
+    async def scenario() -> None:
+        bench = Bench(everything)
+        with pytest.raises(
+            RefusedError, match=f"{len(DATA)} bytes; this device takes at most 1000"
+        ):
+            await bench.fetch(limit=1000)
+        assert bench.asked == []
+        assert bench.transport.ever == []
+
+    go(scenario())
+
+
+def poisoned(index: int) -> bytes:
+    return FRAMES[index][:-1] + bytes((FRAMES[index][-1] ^ 1,))
+
+
+@pytest.mark.parametrize("times", [1, 2], ids=["once", "twice"])
+def test_wrong_content_is_fetched_once_more_and_no_oftener(times: int):
+    def wrong(fetcher: BlobFetcher, time: int, ranges: Any) -> None:
+        if time <= times:
+            fetcher.feed(poisoned(0))
+            everything(fetcher, time, ((1, 3),))
+        else:
+            everything(fetcher, time, ranges)
+
+    async def scenario() -> None:
+        bench = Bench(wrong)
+        if times == 1:
+            assert await bench.fetch() == DATA
+        else:
+            with pytest.raises(MalformedError, match=r"blob has digest .*, expected"):
+                await bench.fetch()
+        assert bench.asked == [((0, 4),)] * 2
+        assert bench.transport.now == []
+
+    go(scenario())
+
+
+def test_what_nobody_asked_for_is_refused():
+    async def scenario() -> None:
+        bench = Bench(everything)
+        with pytest.raises(MalformedError, match="nobody here asked for"):
+            bench.fetcher.feed(FRAMES[0])
+        for frame in (b"", b"\x01" * 40, FRAMES[0][:-1]):
+            with pytest.raises(MalformedError):
+                bench.fetcher.feed(frame)
+
+    go(scenario())
+
+
+def test_a_claim_of_another_size_changes_nothing():
+    def lying(fetcher: BlobFetcher, time: int, ranges: Any) -> None:
+        frame = bytearray(FRAMES[3])
+        frame[33:41] = (2 * len(DATA)).to_bytes(8, "big")
+        with pytest.raises(MalformedError):
+            fetcher.feed(bytes(frame))
+        everything(fetcher, time, ranges)
+
+    async def scenario() -> None:
+        assert await Bench(lying).fetch() == DATA
+
+    go(scenario())
+
+
+def test_a_cancelled_fetch_leaves_a_later_one_alone():
+    async def scenario() -> None:
+        bench = Bench(lambda *_: None)
+        first = asyncio.create_task(bench.fetch())
+        await asyncio.sleep(0.01)
+        second = asyncio.create_task(bench.fetch())
+        await asyncio.sleep(0.01)
+        first.cancel()
+        await asyncio.wait({first})
+        everything(bench.fetcher, 1, ((0, 4),))
+        assert await second == DATA
+
+    go(scenario())
