@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import TypeVar
@@ -36,6 +36,7 @@ from covey_device.trainer import Trainer, TrainResult, Work, load_trainer
 from covey_shared import chunks, wire
 from covey_shared.errors import (
     CoveyError,
+    DataError,
     LocalProtocolError,
     MalformedError,
     RefusedError,
@@ -63,8 +64,12 @@ log = logging.getLogger("covey.device")
 
 T = TypeVar("T")
 
-MAX_INBOX = 10_000
-"""Messages waiting for the session. A flood beyond that is dropped; what mattered is repeated."""
+MAX_INBOX_BYTES = 8 << 20
+"""Of messages waiting for the session. A flood beyond that is dropped; what mattered is repeated."""
+
+_MESSAGE_OVERHEAD_BYTES = 200
+
+GOODBYE_S = 2.0
 
 METRICS = ("loss",)
 """What rides along with an update, masked like it: the mean training loss."""
@@ -105,7 +110,10 @@ class DeviceService:
         self._rng = rng
         self._pool, self._train_pool = pool, train_pool
         self._lock = asyncio.Lock()
-        self._inbox: asyncio.Queue[bytes] = asyncio.Queue(MAX_INBOX)
+        self._inbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self._inbox_bytes = 0
+        self._flooded = False
+        self._connected = False
         self._outbox: asyncio.Queue[Publish | Upload] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._round_tasks: set[asyncio.Task[None]] = set()
@@ -140,9 +148,9 @@ class DeviceService:
         self._stop_training.set()
         for task in [*self._tasks, *self._round_tasks]:
             task.cancel()
-        if graceful:
+        if graceful and self._connected:
             with contextlib.suppress(TransportError, TimeoutError):
-                async with asyncio.timeout(2):
+                async with asyncio.timeout(GOODBYE_S):
                     await self.transport.publish(
                         self._topics.presence(self.device), OFFLINE, retain=True
                     )
@@ -170,13 +178,22 @@ class DeviceService:
             if incoming.topic.startswith(self._blob_prefix):
                 self._blobs.feed(incoming.payload)
             else:
-                self._inbox.put_nowait(incoming.payload)
+                self._hear(incoming)
         except RemoteProtocolError as error:
             log.debug("%s: dropped on %s: %s", self.device, incoming.topic, error)
-        except asyncio.QueueFull:
-            log.warning("%s: flooded on %s; dropped a message", self.device, incoming.topic)
+
+    def _hear(self, incoming: Incoming) -> None:
+        cost = len(incoming.payload) + _MESSAGE_OVERHEAD_BYTES
+        if self._inbox_bytes + cost > MAX_INBOX_BYTES:
+            if not self._flooded:
+                log.warning("%s: flooded on %s; dropping messages", self.device, incoming.topic)
+            self._flooded = True
+            return
+        self._inbox_bytes += cost
+        self._inbox.put_nowait(incoming.payload)
 
     async def _on_connected(self) -> None:
+        self._connected = True
         log.info("%s: connected", self.device)
         self._spawn(
             self._tasks,
@@ -184,6 +201,7 @@ class DeviceService:
         )
 
     def _on_disconnected(self, reason: str) -> None:
+        self._connected = False
         log.warning("%s: %s", self.device, reason)
 
     async def _ask(self, digest: bytes, ranges: Ranges) -> None:
@@ -196,6 +214,8 @@ class DeviceService:
     async def _work(self) -> None:
         while True:
             data = await self._inbox.get()
+            self._inbox_bytes -= len(data) + _MESSAGE_OVERHEAD_BYTES
+            self._flooded = self._flooded and bool(self._inbox_bytes)
             try:
                 await self._do(lambda data=data: self._session.receive(data))  # type: ignore[misc]
             except RemoteProtocolError as error:
@@ -214,7 +234,7 @@ class DeviceService:
                 except StorageError as error:
                     # What could not be saved must not be acted on: the rest of the list is dropped.
                     log.error("%s: %s", self.device, error)
-                    await self._give_up(actions[position + 1 :], str(error))
+                    await self._give_up(actions[position + 1 :], error.public)
                     return
 
     async def _give_up(self, dropped: list[Action], reason: str) -> None:
@@ -260,22 +280,27 @@ class DeviceService:
         return self._memory
 
     async def _send(self) -> None:
-        topics = self._topics
         while True:
             action = await self._outbox.get()
-            if isinstance(action, Publish):
-                await self.send(action.message)
-            else:
-                blob = chunks.blob_of(action.payload)
-                indices = (
-                    range(blob.n_chunks)
-                    if action.ranges is None
-                    else [i for a, n in action.ranges for i in range(a, min(a + n, blob.n_chunks))]
-                )
-                topic = topics.upload(self.device)
-                frames = ((topic, chunks.frame(blob, i)) for i in indices)
-                # Beside the sender: a long upload must not hold up votes and reveals.
-                self._spawn(self._round_tasks, publish_all(self.transport, frames))
+            try:
+                if isinstance(action, Publish):
+                    await self.send(action.message)
+                else:
+                    # Beside the sender: a long upload must not hold up votes and reveals.
+                    frames = self._frames(action)
+                    self._spawn(self._round_tasks, publish_all(self.transport, frames))
+            except TransportError:
+                raise
+            except Exception:
+                log.exception("%s: cannot send; the service goes on", self.device)
+
+    def _frames(self, upload: Upload) -> Iterator[tuple[str, bytes]]:
+        blob = chunks.blob_of(upload.payload)
+        topic = self._topics.upload(self.device)
+        ranges = ((0, blob.n_chunks),) if upload.ranges is None else upload.ranges
+        for first, count in ranges:
+            for index in range(first, min(first + count, blob.n_chunks)):
+                yield topic, chunks.frame(blob, index)
 
     async def send(self, message: Signed[Message]) -> None:
         """Publish one signed message; returns when the broker has it."""
@@ -292,19 +317,18 @@ class DeviceService:
                     f"{4 * header.n_params}"
                 )
             if self._model is None or self._model[0] != call.model:
-                data = await self._blobs.fetch(
-                    call.model, call.model_bytes, limit=4 * header.n_params
-                )
+                limit = min(4 * header.n_params, self._limits.max_resident_bytes)
+                data = await self._blobs.fetch(call.model, call.model_bytes, limit=limit)
                 self._model = (call.model, np.frombuffer(data, dtype="<f4").astype(np.float32))
         except CoveyError as error:
             log.warning("%s: round %d: %s", self.device, call.round, error)
-            reason = str(error)
+            reason = error.public
             await self._do(lambda: self._session.leave(call.round, reason))
             return
-        except Exception as error:
+        except Exception:
             # A data source is the owner's own code: whatever it does costs this round and no more.
             log.exception("%s: round %d: cannot prepare", self.device, call.round)
-            reason = f"unexpected {type(error).__name__} while preparing; see the device's log"
+            reason = CoveyError.public
             await self._do(lambda: self._session.leave(call.round, reason))
             return
         prepared = Prepared(header.n_params, len(header.hyperparameters), len(METRICS))
@@ -321,37 +345,44 @@ class DeviceService:
             bytes.fromhex(header.train.sha256), header.train.size, limit=MAX_GRAPH_BYTES
         )
         check_graph(header.train, graph, "train.onnx")
-        trainer = await self._in_thread(self._pool, lambda: self._make_trainer(header, graph))
+        # Among the training threads: reading data may take long, and duties must not wait for it.
+        trainer = await self._in_thread(
+            self._train_pool, _tamed(lambda: self._make_trainer(header, graph))
+        )
         self._plan = (call.plan, header, trainer)
         return header
 
     async def _train(self, round_id: int, head: Head, stop: threading.Event) -> None:
         try:
             async with self._training:  # one at a time: an earlier round's may be stopping still
-                result = await self._in_thread(self._train_pool, lambda: self._trained(head, stop))
+                result = await self._in_thread(
+                    self._train_pool, _tamed(lambda: self._trained(head, stop))
+                )
+            log.info(
+                "%s: round %d: trained %d batches in %.1f s (ended by %s)",
+                self.device, round_id, result.batches, result.seconds, result.stopped_by,
+            )  # fmt: skip
+            metrics = (min(result.loss, head.metric_clips[0]),)
+            await self._do(
+                lambda: self._session.trained(round_id, result.delta, result.examples, metrics)
+            )
+            return
         except (CoveyError, MemoryError) as error:
-            log.warning("%s: round %d: %s", self.device, round_id, error)
-            reason = str(error) or "out of memory"
-            await self._do(lambda: self._session.training_failed(round_id, reason))
-            return
-        except Exception as error:
+            log.warning("%s: round %d: %s", self.device, round_id, str(error) or "out of memory")
+            reason = error.public if isinstance(error, CoveyError) else "it ran out of memory"
+            if isinstance(error, DataError):
+                self._plan = None  # the source is opened anew: its files may have changed
+        except Exception:
             log.exception("%s: round %d: cannot train", self.device, round_id)
-            reason = f"unexpected {type(error).__name__} in training; see the device's log"
-            await self._do(lambda: self._session.training_failed(round_id, reason))
-            return
-        log.info(
-            "%s: round %d: trained %d batches in %.1f s (ended by %s)",
-            self.device, round_id, result.batches, result.seconds, result.stopped_by,
-        )  # fmt: skip
-        metrics = (min(result.loss, head.metric_clips[0]),)
-        await self._do(
-            lambda: self._session.trained(round_id, result.delta, result.examples, metrics)
-        )
+            reason = CoveyError.public
+        await self._do(lambda: self._session.training_failed(round_id, reason))
 
     def _trained(self, head: Head, stop: threading.Event) -> TrainResult:
         """In a training thread."""
-        if self._plan is None or self._model is None or self._plan[0] != head.plan:
-            raise LocalProtocolError("training without the round's plan and model")
+        if self._plan is None or self._plan[0] != head.plan:
+            raise LocalProtocolError("training without the round's plan")
+        if self._model is None or self._model[0] != head.model:
+            raise LocalProtocolError("training without the round's model")
         _, header, trainer = self._plan
         names = [hyper.name for hyper in header.hyperparameters]
         work = Work(
@@ -369,6 +400,21 @@ class DeviceService:
             rng=np.random.default_rng(seed),
             stop=stop.is_set,
         )
+
+
+def _tamed(step: Callable[[], T]) -> Callable[[], T]:
+    """A step that may run the owner's code, which must not end the process or its thread.
+
+    SystemExit would pass through the event loop, StopIteration never arrive at it.
+    """
+
+    def tamed() -> T:
+        try:
+            return step()
+        except (SystemExit, StopIteration, GeneratorExit) as error:
+            raise DataError(f"the data source raised {error!r}; correct it") from error
+
+    return tamed
 
 
 def trainer_factory(config: DeviceConfig, base: Path) -> TrainerFactory:

@@ -1,0 +1,353 @@
+"""The device's service in whole rounds: what disks, networks, data and training do to it."""
+
+import asyncio
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+
+import covey_device.keystore
+from covey_coordinator import blobs, service
+from covey_coordinator.config import CohortConfig
+from covey_device import blobs as device_blobs
+from covey_device import service as device_service
+from covey_device.session import Policy, Session
+from covey_device.trainer import Work
+from covey_shared.errors import DataError, TrainingError
+from covey_shared.messages import RosterVote
+from covey_shared.transport import Incoming
+from memory_fleet import SHORT, TOPICS, Fleet, Seat, config, go
+from memory_transport import Delivery, Network
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is waited for longer than it takes in memory."""
+    monkeypatch.setattr(service, "TICK_S", 0.05)
+    monkeypatch.setattr(blobs, "GATHER_S", 0.02)
+    monkeypatch.setattr(device_blobs, "PATIENCE_S", 0.3)
+
+
+def raising(error: BaseException) -> Callable[..., NoReturn]:
+    def fail(*_: Any, **__: Any) -> NoReturn:
+        raise error
+
+    return fail
+
+
+def survivors(fleet: Fleet) -> list[tuple[str, ...]]:
+    return [o.completed.survivors if o.completed else () for o in fleet.outcomes]
+
+
+# -- networks --------------------------------------------------------------------------------------
+
+
+def test_a_connection_that_breaks_in_mid_upload(tmp_path: Path):
+    broken: list[str] = []
+
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            seat = fleet.seats[1]
+
+            def tamper(delivery: Delivery) -> Iterable[Delivery]:
+                if delivery.topic == TOPICS.upload(seat.name) and not broken:
+                    broken.append(delivery.topic)
+                    asyncio.get_running_loop().call_soon(seat.transport.cut)
+                    return ()
+                return (delivery,)
+
+            fleet.network.tamper = tamper
+            await fleet.play(fleet.run(config(rounds=1)))
+            assert broken
+            assert survivors(fleet) == [("pi-0", "pi-1", "pi-2", "pi-3")]
+
+    go(scenario())
+
+
+def test_a_device_that_leaves_after_its_upload_is_in_the_sum(tmp_path: Path):
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            seat = fleet.seats[1]
+
+            def tamper(delivery: Delivery) -> Iterable[Delivery]:
+                if delivery.topic == TOPICS.upload(seat.name):
+                    asyncio.get_running_loop().call_soon(lambda: seat.transport.cut(hold=True))
+                return (delivery,)
+
+            fleet.network.tamper = tamper
+            await fleet.play(fleet.run(config(rounds=1)))
+            assert survivors(fleet) == [("pi-0", "pi-1", "pi-2", "pi-3")]
+
+    go(scenario())
+
+
+def test_a_restarted_device_sits_a_round_out_and_joins_the_next(tmp_path: Path):
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            seat = fleet.seats[1]
+            playing = asyncio.create_task(fleet.play(fleet.run(config(rounds=2))))
+            await fleet.until(lambda: bool(fleet.memory(seat).contributed))
+            await seat.service.close(graceful=False)
+            await fleet.boot(seat)
+            await playing
+            assert seat.trainer.rounds == 2
+            assert survivors(fleet)[1] == ("pi-0", "pi-1", "pi-2", "pi-3")
+
+    go(scenario())
+
+
+def test_calls_in_quick_succession_do_not_undo_each_other_s_fetching(tmp_path: Path):
+    """The first round's fetch of the plan is cancelled while the second one's has begun."""
+    held = True
+
+    def tamper(delivery: Delivery) -> Iterable[Delivery]:
+        return () if held and delivery.topic.startswith(TOPICS.blob(b"")) else (delivery,)
+
+    async def scenario() -> None:
+        nonlocal held
+        async with Fleet(tmp_path, network=Network(tamper)) as fleet:
+            settings = config(rounds=1, deadlines=short(gather_s=0.1))
+            await fleet.play(fleet.run(settings, "first"))
+            held = False
+            assert (await fleet.play(fleet.run(config(rounds=1), "second"))).rounds_completed == 1
+            assert len(survivors(fleet)[1]) == 4
+            assert not any("/blob/" in f for seat in fleet.seats for f in seat.transport.filters)
+
+    go(scenario())
+
+
+def short(**changes: float) -> Any:
+    return type(SHORT)(**({f: getattr(SHORT, f) for f in SHORT.__struct_fields__} | changes))
+
+
+def test_closing_without_a_broker_is_quick(tmp_path: Path):
+    async def scenario() -> None:
+        fleet = Fleet(tmp_path)
+        fleet.network.down = True
+        seat = await fleet.add("pi-0")
+        await asyncio.sleep(0.05)
+        async with asyncio.timeout(1):
+            await seat.service.close()
+
+    go(scenario())
+
+
+def test_presence_says_when_a_device_is_there(tmp_path: Path):
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            retained, topics = (
+                fleet.network.retained,
+                [TOPICS.presence(s.name) for s in fleet.seats],
+            )
+            assert [retained[topic] for topic in topics] == [b"online"] * 4
+            await fleet.seats[0].service.close()
+            await fleet.seats[1].service.close(graceful=False)
+            assert [retained[topic] for topic in topics] == [b"offline"] * 2 + [b"online"] * 2
+
+    go(scenario())
+
+
+# -- floods ----------------------------------------------------------------------------------------
+
+
+def test_a_flood_is_bounded_and_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            victim = fleet.seats[0].service
+            for _ in range(500):
+                victim._on_message(Incoming(TOPICS.all, bytes(100_000)))
+            waiting = victim._inbox.qsize() * 100_000
+            assert 0 < waiting <= device_service.MAX_INBOX_BYTES
+            assert len([r for r in caplog.records if "flooded" in r.message]) == 1
+            assert (await fleet.play(fleet.run(config(rounds=1)))).rounds_completed == 1
+            assert len(survivors(fleet)[0]) == 4
+            assert victim._inbox_bytes == 0
+
+    go(scenario())
+
+
+# -- disks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["checking in", "uploading"])
+def test_what_cannot_be_saved_is_not_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+):
+    real, full, saves = os.fsync, [True], []
+
+    def fsync(fd: int) -> None:
+        path = str(Path(f"/proc/self/fd/{fd}").readlink())
+        if "/pi-1/" in path:
+            saves.append(path)
+            if full and len(saves) == (1 if when == "checking in" else 2):
+                full.clear()
+                raise OSError(errno.ENOSPC, "No space left on device")
+        real(fd)
+
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            monkeypatch.setattr(covey_device.keystore.os, "fsync", fsync)
+            seat = fleet.seats[1]
+            deadlines = short(gather_s=1.0, collect_s=2.0)
+            await fleet.play(fleet.run(config(rounds=2, deadlines=deadlines)))
+            assert not full
+            assert survivors(fleet) == [
+                ("pi-0", "pi-2", "pi-3"),
+                ("pi-0", "pi-1", "pi-2", "pi-3"),
+            ]
+            assert "No space left" not in seat.ended[0].outcome  # it is nobody else's business
+            assert "declined" in seat.ended[0].outcome
+            sent = [t for s, t, _ in fleet.network.log if s == seat.name and "/up/" in t]
+            assert len(sent) == 1
+
+    go(scenario())
+
+
+# -- data and training -----------------------------------------------------------------------------
+
+TROUBLE = [
+    DataError("data.npz is gone"),
+    TrainingError("the loss is nan"),
+    ZeroDivisionError("a bug in the owner's code"),
+    MemoryError(),
+    SystemExit("the owner's code gives up"),
+    StopIteration(),
+]
+
+
+@pytest.mark.parametrize("error", TROUBLE, ids=lambda error: type(error).__name__)
+def test_data_that_cannot_be_opened_costs_a_round(tmp_path: Path, error: BaseException):
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            seat = fleet.seats[1]
+            make = seat.service._make_trainer
+            seat.service._make_trainer = raising(error)
+            settings = config(rounds=1, deadlines=short(gather_s=0.5))
+            await fleet.play(fleet.run(settings, "one"))
+            assert survivors(fleet) == [("pi-0", "pi-2", "pi-3")]
+            assert "declined" in seat.ended[0].outcome
+            seat.service._make_trainer = make  # the owner mends it; nobody restarts anything
+            await fleet.play(fleet.run(config(rounds=1), "two"))
+            assert survivors(fleet)[1] == ("pi-0", "pi-1", "pi-2", "pi-3")
+
+    go(scenario())
+
+
+async def cohort_of_three(fleet: Fleet) -> Seat:
+    """With three members all three are needed for every quorum, also the one without an update."""
+    for seat in fleet.seats:
+        await seat.service.close()
+        await fleet.boot(seat, policy=Policy(min_cohort=2))
+    await fleet.until(lambda: len(fleet.coordinator.registry.present) == 3)
+    return fleet.seats[1]
+
+
+@pytest.mark.parametrize("error", TROUBLE, ids=lambda error: type(error).__name__)
+def test_training_that_fails_costs_the_update_and_no_duty(tmp_path: Path, error: BaseException):
+    async def scenario() -> None:
+        async with Fleet(tmp_path, n=3) as fleet:
+            seat = await cohort_of_three(fleet)
+            seat.trainer.on_train = raising(error)
+            settings = config(rounds=1, cohort=CohortConfig(goal=3, minimum=2))
+            state = await fleet.play(fleet.run(settings, "one"))
+            assert state.rounds_completed == 1, fleet.outcomes
+            assert survivors(fleet) == [("pi-0", "pi-2")]
+            seat.trainer.on_train = lambda stop: None
+            await fleet.play(fleet.run(settings, "two"))
+            assert survivors(fleet)[1] == ("pi-0", "pi-1", "pi-2")
+
+    go(scenario())
+
+
+def test_an_update_with_nan_is_never_sent(tmp_path: Path):
+    """The trainer refuses such a one; should it not, the session must."""
+
+    async def scenario() -> None:
+        async with Fleet(tmp_path, n=3) as fleet:
+            seat = await cohort_of_three(fleet)
+            seat.trainer.change = lambda delta: delta * np.float32("nan")
+            settings = config(rounds=1, cohort=CohortConfig(goal=3, minimum=2))
+            await fleet.play(fleet.run(settings))
+            assert survivors(fleet) == [("pi-0", "pi-2")]
+            assert not [t for s, t, _ in fleet.network.log if s == seat.name and "/up/" in t]
+
+    go(scenario())
+
+
+def test_a_device_in_training_still_does_its_duties(tmp_path: Path):
+    """One that trains too long is left out of the sum, and votes and reveals all the same."""
+
+    async def scenario() -> None:
+        async with Fleet(tmp_path, n=3) as fleet:
+            seat = await cohort_of_three(fleet)
+
+            def train(stop: Callable[[], bool]) -> None:
+                for _ in range(2000):
+                    if stop():
+                        return
+                    threading_sleep(0.01)
+
+            seat.trainer.on_train = train
+            settings = config(
+                rounds=1, cohort=CohortConfig(goal=3, minimum=2), deadlines=short(collect_s=1.0)
+            )
+            state = await fleet.play(fleet.run(settings))
+            assert state.rounds_completed == 1, fleet.outcomes
+            assert survivors(fleet) == [("pi-0", "pi-2")]
+            assert any(
+                s == seat.name and p[1:2] == bytes((RosterVote.CODE,))
+                for s, _, p in fleet.network.log
+            )
+
+    go(scenario())
+
+
+def threading_sleep(seconds: float) -> None:
+    import time
+
+    time.sleep(seconds)
+
+
+def test_a_model_beyond_the_memory_limit_is_declined(tmp_path: Path):
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            seat = fleet.seats[1]
+            seat.service._limits = Work(100, 1, 60.0, max_resident_bytes=10_000)
+            await fleet.play(fleet.run(config(rounds=1, deadlines=short(gather_s=1.0))))
+            assert survivors(fleet) == [("pi-0", "pi-2", "pi-3")]
+            assert "19240 bytes; this device takes at most 10000" in seat.ended[0].outcome
+
+    go(scenario())
+
+
+# -- our own bugs ----------------------------------------------------------------------------------
+
+
+def test_a_message_that_hits_a_bug_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    real = Session.receive
+    broken = [1, 2, 3]
+
+    def receive(session: Session, data: bytes) -> Any:
+        if session.device == "pi-1" and broken:
+            broken.pop()
+            raise ZeroDivisionError("a bug")
+        return real(session, data)
+
+    monkeypatch.setattr(Session, "receive", receive)
+
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            state = await fleet.play(fleet.run(config(rounds=2)))
+            assert state.rounds_completed == 2
+            assert survivors(fleet)[1] == ("pi-0", "pi-1", "pi-2", "pi-3")
+
+    with caplog.at_level(logging.CRITICAL):
+        go(scenario())
+    assert not broken
