@@ -57,8 +57,8 @@ FleetEvent = Moved | RoundOutcome | Progress | Vanished
 class FleetSettings:
     """What a fleet is made of. parts: what each device has; as many devices as there are parts.
 
-    data: settings of a device's data by its number, for tests with unfit data. processes: each
-    device in a process of its own. log_file: where those log.
+    dropout: see `FaultPlan`. processes: each device in a process of its own. log_file: where those
+    log. faults, data: another plan, and settings of a device's data by its number, for tests.
     """
 
     parts: Sequence[Examples]
@@ -67,6 +67,7 @@ class FleetSettings:
     dropout: float = 0.0
     processes: bool = False
     log_file: Path | None = None
+    faults: FaultPlan | None = None
     data: dict[int, DataConfig] = field(default_factory=dict)
 
 
@@ -91,7 +92,7 @@ class Fleet:
         self.devices = tuple(
             DeviceId(f"pi-{i:0{width}}") for i in range(1, len(settings.parts) + 1)
         )
-        self.faults = FaultPlan(settings.seed, settings.dropout, self.devices)
+        self.faults = settings.faults or FaultPlan(settings.seed, settings.dropout, self.devices)
         self.users = {name: secrets.token_urlsafe(18) for name in (COORDINATOR, DEVICE)}
         self.broker: RunningBroker | None = None
         self.vanished: list[Vanished] = []
