@@ -7,10 +7,12 @@ class. No tracing happens here.
 
 import sysconfig
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from covey_shared.errors import CompileError
 
@@ -22,7 +24,7 @@ _MAX_REASON = 400
 
 def failed(what: str, error: BaseException, *, hint: str = "") -> CompileError:
     """An exception from torch -> CompileError, with the user's line if the traceback has one."""
-    where = _user_line(error)
+    where = _user_line(error) or _guard_line(error)
     reason = _reason(error)
     return CompileError(
         _sentence(f"{where}: {what}: {reason}" if where else f"{what}: {reason}", hint)
@@ -31,7 +33,10 @@ def failed(what: str, error: BaseException, *, hint: str = "") -> CompileError:
 
 def unsupported(node: Any, why: str, *, hint: str = "") -> CompileError:
     """An fx node that cannot become ONNX -> CompileError naming its operator and place."""
-    return CompileError(_sentence(f"{place(node)}: operator {operator(node)} {why}", hint))
+    name, origin = operator(node), node.meta.get("origin_operator", "")
+    if origin and origin.split(".")[-1] not in name:
+        name = f"{name} (from {origin})"
+    return CompileError(_sentence(f"{place(node)}: operator {name} {why}", hint))
 
 
 def operator(node: Any) -> str:
@@ -75,8 +80,7 @@ def _line_of_stack(stack: str) -> str:
 
 def _user_line(error: BaseException) -> str:
     """file:line of the innermost user frame of an exception or of what caused it."""
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in _chain(error):
         frames = traceback.extract_tb(seen.__traceback__)
         # Only what ran below this package: further out stands whoever called the compiler.
         ours = [i for i, frame in enumerate(frames) if frame.filename.startswith(_HERE)]
@@ -84,8 +88,33 @@ def _user_line(error: BaseException) -> str:
         lines = [f"{frame.filename}:{frame.lineno}" for frame in inner if _is_users(frame.filename)]
         if lines:
             return lines[-1]
-        seen = seen.__cause__ or seen.__context__
     return ""
+
+
+def _guard_line(error: BaseException) -> str:
+    """file:line that made the number of examples a condition.
+
+    torch finds out only after the model has run, in a traceback without the model's code; but the
+    symbolic shapes in it remember where each condition came from.
+    """
+    for seen in _chain(error):
+        for frame, _ in traceback.walk_tb(seen.__traceback__):
+            for value in frame.f_locals.copy().values():
+                if isinstance(value, ShapeEnv):
+                    for guard in value.guards:
+                        origin = guard.sloc.framework_loc if guard.sloc else None
+                        if isinstance(origin, traceback.FrameSummary) and _is_users(
+                            origin.filename
+                        ):
+                            return f"{origin.filename}:{origin.lineno}"
+    return ""
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
 
 
 def _is_users(filename: str) -> bool:

@@ -53,12 +53,13 @@ def without_dropout(module: Any) -> Any:
     for part in twin.modules():
         if isinstance(part, torch.nn.RNNBase):
             part.dropout = 0.0
-    forward = twin.forward
+    kind = type(twin)
 
-    @functools.wraps(forward)  # torch.export reads the signature
-    def quiet(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(kind.forward)  # torch.export reads the signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with _NoDropout():
-            return forward(*args, **kwargs)
+            return kind.forward(self, *args, **kwargs)
 
-    twin.forward = quiet
+    # A class of its own, not an attribute of the object: copies of the twin are twins too.
+    twin.__class__ = type(kind.__name__, (kind,), {"forward": forward})
     return twin

@@ -5,9 +5,6 @@ translation, before torch is asked, and the cleaning of its output. Two compilat
 give the same bytes, and no file name, line or machine of the compiler's stands in them.
 """
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -53,7 +50,7 @@ PARAMETERS_FILE = "parameters.bin"
 
 @cache
 def _registry() -> Any:
-    with _quiet():
+    with tracing():
         return _registration.ONNXRegistry.from_torchlib()
 
 
@@ -66,8 +63,9 @@ def table() -> Table:
 
 def to_onnx(traced: Traced) -> onnx.ModelProto:
     """Translate, clean and check one traced function."""
+    _fx_passes.remove_assertion_nodes(traced.graph)
     _check_operators(traced)
-    with tracing(), _quiet():
+    with tracing():
         try:
             # What torch.onnx.export does with an ExportedProgram, without exporting the traced
             # graph once more and decomposing what is decomposed already: half the time.
@@ -133,18 +131,6 @@ def _check_operators(traced: Traced) -> None:
                 hint="Replace it with operators listed in docs/plans.md, or compute it beforehand "
                 "as part of the features.",
             )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes about optional packages and versions off the screen."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _clean(model: Any, traced: Traced) -> None:

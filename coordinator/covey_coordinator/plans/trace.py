@@ -6,7 +6,10 @@ state tensor as an input and an output, until only operators are left that ONNX 
 those into ONNX is `lower`'s work.
 """
 
+import contextlib
 import copy
+import io
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,6 +37,11 @@ Role = Literal["parameter", "buffer"]
 
 BATCH = "batch"
 _SIMPLIFY = "Compute it from shapes, or with torch.where, so that every batch runs the same code."
+
+UNTRAINABLE = (
+    "the model's output depends on no parameter that can be trained; check requires_grad, and "
+    "torch.no_grad and detach in its code"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +93,17 @@ class Model:
         self.module = module
         self.features = features
         self._canonical = _canonical_names(module)
-        self.training = self._export(training=True)
-        mutated = self.training.graph_signature.buffers_to_mutate.values()
         values = dict(module.named_parameters()) | dict(module.named_buffers())
         self.trainable = tuple(n for n, p in module.named_parameters() if p.requires_grad)
-        buffers = [n for n in dict.fromkeys(map(self._name, mutated)) if _is_float(values[n])]
         self.slots: dict[str, tuple[Tensor, Role]] = {
             name: (values[name].detach().clone().contiguous(), "parameter")
             for name in self.trainable
-        } | {name: (values[name].detach().clone().contiguous(), "buffer") for name in buffers}
+        } | {
+            name: (values[name].detach().clone().contiguous(), "buffer")
+            for name in changing_buffers(module, features)
+            if values[name].dtype == torch.float32
+        }
+        self.training = self._export(training=True)
 
     @cached_property
     def evaluation(self) -> Any:
@@ -105,11 +115,12 @@ class Model:
 
     def _export(self, *, training: bool) -> Any:
         self.module.train(training)
-        with tracing():
+        # torch prints the graph so far to stderr when it gives up.
+        with tracing(), contextlib.redirect_stderr(io.StringIO()):
             try:
                 program = torch.export.export(
                     self.module, (self.features,), dynamic_shapes=({0: torch.export.Dim(BATCH)},)
-                ).run_decompositions({})
+                )
             except Exception as error:  # torch raises dozens of classes here
                 raise diagnose.failed(
                     "torch cannot export the model (does its code depend on the values or the "
@@ -136,7 +147,7 @@ class Model:
             constants = rest[len(names) + len(velocities) :]
             for name in self.trainable:
                 tensors[name] = tensors[name].detach().requires_grad_(True)
-            output, mutated = self._run(program, features, tensors, constants)
+            output = self._run(program, features, tensors, constants)
             with torch.no_grad():
                 value, by_output = loss.gradient(output, labels)
             gradients = _backward(output, [tensors[name] for name in self.trainable], by_output)
@@ -153,7 +164,8 @@ class Model:
                     results.append(updated)
                     if moved is not None:
                         next_velocities.append(moved)
-            results += [mutated[name] for name in names[len(self.trainable) :]]
+            # The forward pass has changed the buffers in place.
+            results += [tensors[name] for name in names[len(self.trainable) :]]
             return results + next_velocities
 
         state = [torch.zeros_like(self.slots[name][0]) for name in velocities]
@@ -184,7 +196,7 @@ class Model:
         def evaluate(features: Tensor, labels: Tensor, *rest: Tensor) -> list[Tensor]:
             with torch.no_grad():
                 tensors = dict(zip(names, rest, strict=False))
-                output, _ = self._run(self.evaluation, features, tensors, rest[len(names) :])
+                output = self._run(self.evaluation, features, tensors, rest[len(names) :])
                 ones = torch.ones_like(labels, dtype=torch.int64)
                 examples = ones.reshape(labels.shape[0], -1)[:, 0].sum()
                 sums = [loss.mean(output, labels) * examples.to(torch.float32), examples]
@@ -209,7 +221,7 @@ class Model:
         def predict(features: Tensor, *rest: Tensor) -> list[Tensor]:
             with torch.no_grad():
                 tensors = dict(zip(names, rest, strict=False))
-                return [self._run(self.evaluation, features, tensors, rest[len(names) :])[0]]
+                return [self._run(self.evaluation, features, tensors, rest[len(names) :])]
 
         return self._trace(
             self.evaluation,
@@ -239,8 +251,8 @@ class Model:
         features: Tensor,
         tensors: Mapping[str, Tensor],
         constants: Sequence[Tensor],
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Interpret an exported program -> (the module's output, its buffers' next values)."""
+    ) -> Tensor:
+        """Interpret an exported program -> the module's output. Changes buffers in place."""
         fixed = dict(zip(self._constants(program), constants, strict=True))
         args = []
         for spec in program.graph_signature.input_specs:
@@ -251,11 +263,7 @@ class Model:
                 args.append(tensors[name] if name in tensors else fixed[spec.target])
         with fx_traceback.preserve_node_meta():
             outputs = _Interpreter(program.graph_module).run(*args)
-        mutated: dict[str, Tensor] = {}
-        for value, spec in zip(outputs, program.graph_signature.output_specs, strict=True):
-            if spec.kind is torch.export.graph_signature.OutputKind.BUFFER_MUTATION:
-                mutated[self._name(spec.target)] = value
-        return outputs[-1], mutated
+        return outputs[-1]
 
     def _trace(
         self,
@@ -308,6 +316,10 @@ def tracing() -> Iterator[None]:
     """Attention in plain matrix products, no fused inference kernels, no advice on the screen."""
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
+        for name in ("torch.onnx", "torch.export", "torch._export", "torch.fx"):
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -322,10 +334,7 @@ def _backward(
 ) -> Sequence[Tensor | None]:
     """Gradients by the parameters; None where the output does not depend on one."""
     if output.grad_fn is None:
-        raise CompileError(
-            "the model's output depends on no parameter that can be trained; check "
-            "requires_grad and torch.no_grad in its code"
-        )
+        raise CompileError(UNTRAINABLE)
     setup_stacktrace_preservation_hooks([output.grad_fn])
     try:
         with fx_traceback.preserve_node_meta():
@@ -341,6 +350,13 @@ def _backward(
 
 class _Interpreter(torch.fx.Interpreter):  # type: ignore[misc]
     """Runs an exported graph under a tracer; names the user's line when a node fails."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        # ``self.count += 1`` is exported as an addition in place and a copy of the sum to itself,
+        # which would spoil what autograd has saved in between.
+        if target is torch.ops.aten.copy_.default and args[0] is args[1]:
+            return args[0]
+        return super().call_function(target, args, kwargs)
 
     def run_node(self, n: Any) -> Any:
         # Anomaly mode makes autograd remember the forward node for the backward pass.
@@ -370,6 +386,7 @@ def _restore_origins(graph: Any, program: Any) -> None:
         origin = exported.get(node.meta.get("stack_trace") or "")
         node.meta["stack_trace"] = origin.meta["origin"] if origin else ""
         node.meta["nn_module_stack"] = origin.meta.get("nn_module_stack", {}) if origin else {}
+        node.meta["origin_operator"] = diagnose.operator(origin) if origin else ""
 
 
 def _canonical_names(module: Any) -> dict[str, str]:
@@ -385,8 +402,20 @@ def _canonical_names(module: Any) -> dict[str, str]:
     return names
 
 
-def _is_float(tensor: Tensor) -> bool:
-    return bool(tensor.dtype == torch.float32)
+def changing_buffers(module: Any, features: Tensor) -> list[str]:
+    """The names of the buffers that a forward pass in training changes, found by trying one."""
+    probe = own_copy(module).train()
+    before = {
+        name: (buffer, buffer._version, buffer.clone()) for name, buffer in probe.named_buffers()
+    }
+    with tracing(), torch.no_grad():
+        probe(features)
+    after = dict(probe.named_buffers())
+    return [
+        name
+        for name, (buffer, version, value) in before.items()
+        if after[name] is not buffer or buffer._version != version or not torch.equal(buffer, value)
+    ]
 
 
 def own_copy(module: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 
 from covey_coordinator.plans.dropout import without_dropout
 from covey_coordinator.plans.losses import Loss
-from covey_coordinator.plans.trace import Sgd
+from covey_coordinator.plans.trace import UNTRAINABLE, Sgd
 from covey_shared.errors import CompileError
 from covey_shared.layout import Flat
 from covey_shared.plan import GraphName, PlanHeader
@@ -31,6 +31,7 @@ TOLERANCE = 1e-5
 UPDATE_TOLERANCE = 1e-2
 UPDATE_FLOOR = 2e-6
 _DIVERGED = 1e4
+_NEEDS_TWO = "more than 1 value per channel"  # how torch refuses batch norm of one example
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +152,16 @@ def _check_evaluation(
         if abs(sums["correct"] - correct) > ties:
             raise CompileError(f"eval.onnx counts {sums['correct']} correct, torch {correct}")
     predictor = Predictor(header, graphs["infer"], parameters)
-    prediction = 0.0
-    for size in (len(x), 1):
-        prediction = max(
-            prediction,
-            _close(predictor.predict(x[:size]), output[:size].numpy(), "predictions", TOLERANCE),
-        )
+    prediction = _close(predictor.predict(x), output.numpy(), "predictions", TOLERANCE)
+    try:
+        with torch.no_grad():
+            alone = reference(features[:1]).numpy()
+    except ValueError as error:
+        if _NEEDS_TWO not in str(error):
+            raise
+    else:
+        single = _close(predictor.predict(x[:1]), alone, "prediction of one example", TOLERANCE)
+        prediction = max(prediction, single)
     return evaluation, prediction
 
 
@@ -172,8 +177,9 @@ def _close(value: Any, expected: Any, what: str, allowed: float) -> float:
     if not difference <= allowed:
         raise CompileError(
             f"the plan differs from torch: {what} by {difference:.1e} (at most {allowed:.1e}); "
-            "nothing was written. An operator of this model is translated wrongly: find the layer "
-            "by leaving others out, and report it"
+            "nothing was written. Either the model does what a plan cannot carry over (an "
+            "autograd.Function of its own, a counter that changes its output), or an operator is "
+            "translated wrongly: find the layer by leaving others out, and report it"
         )
     return difference
 
@@ -231,10 +237,12 @@ def _train(
         try:
             value = loss.reference(module(features[rows]), labels[rows])
         except ValueError as error:
-            if count > 1 or "more than 1 value per channel" not in str(error):
+            if count > 1 or _NEEDS_TWO not in str(error):
                 raise
             skipped.append(count)
             continue
+        if not value.requires_grad:
+            raise CompileError(UNTRAINABLE)
         value.backward()
         sgd.step()
         values = {**dict(module.named_parameters()), **dict(module.named_buffers())}
