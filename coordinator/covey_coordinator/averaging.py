@@ -30,7 +30,8 @@ class FedAvg:
 
     def step(self, parameters: Flat, total: DecodedSum) -> Flat:
         """Raises TrainingError if the result is not finite; the round is then not used."""
-        following = (parameters + np.float32(self.server_lr) * total.average).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found below
+            following = (parameters + np.float32(self.server_lr) * total.average).astype(np.float32)
         if not np.isfinite(following).all():
             raise TrainingError(
                 "the averaged model is not finite: lower the learning rate or the server's"
