@@ -74,7 +74,7 @@ def write(plan: PlanBundle, directory: Path, *, replace: bool = False) -> None:
         **{graph_file(name): plan.graphs[name] for name in GRAPH_NAMES},
     }
     directory = directory.absolute()
-    _check_target(directory, set(files), replace=replace)
+    check_target(directory, replace=replace)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
@@ -98,13 +98,15 @@ def write(plan: PlanBundle, directory: Path, *, replace: bool = False) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _check_target(directory: Path, names: set[str], *, replace: bool) -> None:
+def check_target(directory: Path, *, replace: bool) -> None:
+    """Raise StorageError if `write` would: something is there that it may not replace."""
     if not directory.exists():
         return
-    if not replace:
-        raise StorageError(f"{directory} exists already; choose another name or pass --force")
     if not directory.is_dir():
         raise StorageError(f"{directory} is not a directory; choose another name")
+    if not replace:
+        raise StorageError(f"{directory} exists already; choose another name or pass --force")
+    names = {HEADER_FILE, INITIAL_FILE, *map(graph_file, GRAPH_NAMES)}
     if foreign := sorted({entry.name for entry in directory.iterdir()} - names):
         raise StorageError(
             f"{directory} holds {foreign[0]!r}, which is no file of a plan; choose another name"
