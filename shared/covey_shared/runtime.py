@@ -226,6 +226,11 @@ def check_batch(header: PlanHeader, features: Array, labels: Array) -> tuple[Arr
     labels = _check_array("labels", header.labels, labels)
     if len(features) != len(labels):
         raise DataError(f"batch has {len(features)} features but {len(labels)} labels")
+    if header.classes is not None and not 0 <= labels.min() <= labels.max() < header.classes:
+        raise DataError(
+            f"labels range from {labels.min()} to {labels.max()}, the plan has classes 0 to "
+            f"{header.classes - 1}"
+        )
     return features, labels
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -235,6 +236,20 @@ def test_a_batch_that_does_not_fit_names_the_array(features, labels, message):
     step = runtime.TrainStep(HEADER, TRAIN)
     with pytest.raises(DataError, match=message):
         step.step(features, labels, {})
+
+
+def test_a_label_that_is_no_class_is_named():
+    """Its gradient would be wrong without any other sign."""
+    header = msgspec.structs.replace(
+        HEADER,
+        labels=TensorSpec(name="labels", dtype="int64", shape=()),
+        classes=3,
+    )
+    features = np.zeros((2, 3), np.float32)
+    runtime.check_batch(header, features, np.array([0, 2]))
+    for labels, message in (([0, 3], "from 0 to 3"), ([-1, 2], "from -1 to 2")):
+        with pytest.raises(DataError, match=f"{message}, the plan has classes 0 to 2"):
+            runtime.check_batch(header, features, np.array(labels))
 
 
 def rewired(change):
