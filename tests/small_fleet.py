@@ -143,7 +143,7 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
             at = chance.randrange(len(changed))
             changed[at : at + 8] = chance.randbytes(8)
         case 4:
-            changed *= 2
+            changed = (changed * 2)[:122_000]
         case _:
             changed = bytearray(chance.randbytes(chance.randrange(200)))
     return bytes(changed)

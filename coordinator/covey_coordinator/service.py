@@ -42,7 +42,7 @@ from covey_shared.errors import (
 from covey_shared.keys import Rng, SigningKey
 from covey_shared.messages import DeviceId, ManifestDigest, RoundCall, WantBlob, WantUpload
 from covey_shared.secagg.cohort import Trust
-from covey_shared.topics import ONLINE, Topics
+from covey_shared.topics import OFFLINE, ONLINE, Topics
 from covey_shared.transport import Incoming, Transport
 
 log = logging.getLogger("covey.coordinator")
@@ -159,7 +159,8 @@ class CoordinatorService:
         if device is None or not _DEVICE_NAME.fullmatch(device):
             return
         if incoming.topic == self._topics.presence(device):
-            self._on_presence(device, incoming.payload == ONLINE)
+            if incoming.payload in (ONLINE, OFFLINE):
+                self._on_presence(device, incoming.payload == ONLINE)
             return
         if self._round is None or not incoming.payload:
             return
@@ -281,7 +282,9 @@ class CoordinatorService:
                         lambda: machine.presence(device, online, self._clock(), int(self._unix()))
                     )
         except RemoteProtocolError as error:
-            log.debug("refused from %s: %s", event.device, error)
+            # With a sender the fault is a known device's; without one it is anybody's noise.
+            level = logging.DEBUG if error.sender is None else logging.WARNING
+            log.log(level, "refused from %s: %s", event.device, error)
         except (TransportError, StorageError):
             raise
         except Exception:

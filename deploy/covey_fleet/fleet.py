@@ -130,10 +130,14 @@ class Fleet:
         self.ear = Eavesdropper(self.transport("eavesdropper", DEVICE), self.topics)
         await self.ear.start()
         self._stack.push_async_callback(self.ear.stop)
+        self._stack.push_async_callback(self._close_seats)
         for seat in self.seats:
-            self._stack.push_async_callback(seat.close)
             await seat.start()
         await self._until(lambda: self.n_present == len(self.devices), PRESENT_S, "all devices")
+
+    async def _close_seats(self) -> None:
+        # All at once: without a broker, each waits a while to say goodbye.
+        await asyncio.gather(*(seat.close() for seat in self.seats), return_exceptions=True)
 
     async def _start_broker(self) -> None:
         choice = self.settings.broker

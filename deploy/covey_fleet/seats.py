@@ -19,7 +19,6 @@ from covey_fleet import worker
 from covey_fleet.device import DeviceSpec, Life, Traffic
 from covey_fleet.faults import Vanished
 from covey_shared.errors import TransportError
-from covey_shared.messages import DeviceId
 
 log = logging.getLogger("covey.fleet")
 
@@ -51,10 +50,7 @@ def start_fork_server() -> None:
 class Seat(Protocol):
     """Where a device lives."""
 
-    @property
-    def device(self) -> DeviceId:
-        """Who sits here."""
-        ...
+    spec: DeviceSpec
 
     @property
     def traffic(self) -> Traffic:
@@ -85,7 +81,7 @@ class LocalSeat:
         pool: Executor,
         train_pool: Executor,
     ) -> None:
-        self._spec = spec
+        self.spec = spec
         self._on_vanished = on_vanished
         self._pool, self._train_pool = pool, train_pool
         self._life: Life | None = None
@@ -95,18 +91,13 @@ class LocalSeat:
         self._past = Traffic()
 
     @property
-    def device(self) -> DeviceId:
-        """Who sits here."""
-        return self._spec.device
-
-    @property
     def traffic(self) -> Traffic:
         """Bytes of all lives so far."""
         return self._past if self._life is None else self._past + self._life.traffic
 
     async def start(self) -> None:
         """Begin the first life."""
-        self._life = Life(self._spec, self._vanish, pool=self._pool, train_pool=self._train_pool)
+        self._life = Life(self.spec, self._vanish, pool=self._pool, train_pool=self._train_pool)
         await self._life.start()
 
     def round_over(self, round_id: int) -> None:
@@ -159,7 +150,7 @@ class ProcessSeat:
         log_file: Path,
     ) -> None:
         """on_failure: told when the process cannot be kept running. log_file: appended to."""
-        self._spec = spec
+        self.spec = spec
         self._on_vanished = on_vanished
         self._on_failure = on_failure
         self._log_file = log_file
@@ -171,11 +162,6 @@ class ProcessSeat:
         self._closing = False
         self._failed_starts = 0
         self._past, self._present = Traffic(), Traffic()
-
-    @property
-    def device(self) -> DeviceId:
-        """Who sits here."""
-        return self._spec.device
 
     @property
     def traffic(self) -> Traffic:
@@ -215,8 +201,8 @@ class ProcessSeat:
         self._reports, child = self._context.Pipe(duplex=False)
         process = self._context.Process(
             target=worker.main,
-            args=(self._spec, child, self._log_file, log.getEffectiveLevel()),
-            name=self.device,
+            args=(self.spec, child, self._log_file, log.getEffectiveLevel()),
+            name=self.spec.device,
             daemon=True,
         )
         process.start()
@@ -261,12 +247,12 @@ class ProcessSeat:
         self._ended.set()
         if self._closing:
             return
-        log.info("%s: process ended (exit status %s)", self.device, code)
+        log.info("%s: process ended (exit status %s)", self.spec.device, code)
         self._failed_starts += 1
         if self._failed_starts >= MAX_FAILED_STARTS:
             self._on_failure(
                 TransportError(
-                    f"the process of {self.device} does not start (exit status {code}); "
+                    f"the process of {self.spec.device} does not start (exit status {code}); "
                     f"{self._log_file} says why"
                 )
             )

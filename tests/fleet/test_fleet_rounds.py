@@ -5,10 +5,8 @@ import signal
 from pathlib import Path
 
 import psutil
-import pytest
 
-from brokers import missing
-from covey_coordinator.broker import BrokerKind, mosquitto
+from covey_coordinator.broker import BrokerKind
 from covey_coordinator.round import Moved, Phase
 from covey_fleet.faults import Moment
 from covey_fleet.seats import ProcessSeat
@@ -20,14 +18,6 @@ SENT_ITS_UPDATE = {
     Moment.BEFORE_REVEAL,
     Moment.AFTER_REVEAL,
 }
-
-
-@pytest.fixture
-def one_kind() -> BrokerKind:
-    """mosquitto, for what both brokers need not show."""
-    if mosquitto.find() is None:
-        missing("mosquitto is not installed: apt install mosquitto")
-    return "mosquitto"
 
 
 def test_rounds_with_dropouts_give_exact_sums(broker_kind: BrokerKind, tmp_path: Path) -> None:
