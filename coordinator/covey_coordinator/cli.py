@@ -16,6 +16,8 @@ import click
 from covey_shared import __version__
 from covey_shared.errors import CoveyError
 
+MAX_SHOWN = 20
+
 
 class Commands(click.Group):
     """`covey`'s commands, and those that other packages add through the entry-point group
@@ -36,12 +38,22 @@ class Commands(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """One line on stderr and exit status 1 for an error of ours."""
+        """One line on stderr and exit status 1 for an error, ours or not."""
         try:
             return super().invoke(ctx)
         except CoveyError as error:
             click.echo(f"covey: {error}", err=True)
-            ctx.exit(1)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if os.environ.get("COVEY_DEBUG"):
+                raise
+            click.echo(
+                f"covey: unexpected {type(error).__name__}: {error}. This is a bug in covey; with "
+                "COVEY_DEBUG=1 in the environment it shows where",
+                err=True,
+            )
+        raise click.exceptions.Exit(1)
 
 
 fleet_option = click.option(
@@ -63,7 +75,7 @@ def main() -> None:
     """
 
 
-@main.command()
+@main.command(short_help="Make a fleet.")
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path), default=Path())
 @click.option("--fleet", default="fleet", show_default=True, help="The fleet's name.")
 @click.option(
@@ -74,7 +86,13 @@ def main() -> None:
     help="Which broker `covey up` runs; external: one that is there already (give --broker-url).",
 )
 @click.option("--broker-url", help="mqtt://host:port of an external broker.")
-@click.option("--port", type=click.IntRange(1, 65535), default=1883, show_default=True)
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=1883,
+    show_default=True,
+    help="Where the broker that `covey up` runs listens, on this machine alone.",
+)
 def init(directory: Path, fleet: str, broker: Any, broker_url: str | None, port: int) -> None:
     """Make a fleet: its authority, the coordinator's key and covey.toml, in DIRECTORY."""
     from covey_coordinator.config import BrokerConfig
@@ -85,15 +103,16 @@ def init(directory: Path, fleet: str, broker: Any, broker_url: str | None, port:
     config = BrokerConfig(kind=broker, url=broker_url, port=port)
     made = FleetDirectory.create(directory, fleet, config)
     click.echo(f"fleet {fleet} made in {made.path.absolute()}")
-    click.echo("next: covey device add NAME, then covey up")
+    there = "" if made.path.resolve() == Path.cwd() else f" in {made.path}"
+    click.echo(f"next{there}: covey device add NAME, then covey up")
 
 
-@main.group()
+@main.group(short_help="Add and list devices.")
 def device() -> None:
     """Devices of the fleet."""
 
 
-@device.command("add")
+@device.command("add", short_help="Make a device's identity and configuration.")
 @click.argument("name")
 @click.option(
     "--data",
@@ -122,7 +141,7 @@ def device_add(
     click.echo(f"then: covey-device run --config {directory / 'device.toml'}")
 
 
-@device.command("list")
+@device.command("list", short_help="List devices.")
 @fleet_option
 def device_list(fleet_dir: Path) -> None:
     """Devices, whether they are online, and until when their certificates last."""
@@ -130,19 +149,25 @@ def device_list(fleet_dir: Path) -> None:
     from rich.table import Table
 
     from covey_coordinator.fleet import FleetDirectory
+    from covey_coordinator.status import read_status
 
-    status = _status(fleet_dir)
+    entries, status = FleetDirectory(fleet_dir).devices(), read_status(fleet_dir)
+    if not entries:
+        click.echo("no devices yet: covey device add NAME")
+        return
     table = Table(box=None)
     for column in ("device", "online", "certificate ends", "identity"):
         table.add_column(column)
-    for entry in FleetDirectory(fleet_dir).devices():
+    for entry in entries:
         online = "?" if status is None else "yes" if entry.name in status.present else "no"
         ends = time.strftime("%Y-%m-%d", time.gmtime(entry.not_after_unix))
+        if entry.not_after_unix < time.time():
+            ends += " (ended)"
         table.add_row(entry.name, online, ends, entry.identity.hex()[:16])
     Console().print(table)
 
 
-@main.command()
+@main.command(short_help="Run the broker and the coordinator.")
 @click.option("-v", "--verbose", is_flag=True, help="Log every phase and refusal.")
 @fleet_option
 def up(verbose: bool, fleet_dir: Path) -> None:
@@ -175,7 +200,7 @@ def run_until_stopped(serve: Callable[[asyncio.Event], Any]) -> None:
     asyncio.run(supervised())
 
 
-@main.command()
+@main.command(short_help="Queue a run and follow it.")
 @click.argument("plan", type=click.Path(exists=True, path_type=Path))
 @click.option("--name", help="The run's name; by default its start time.")
 @click.option("--rounds", type=click.IntRange(1), help="Rounds to play.  [default: 20]")
@@ -202,19 +227,20 @@ def run(plan: Path, name: str | None, detach: bool, fleet_dir: Path, **options: 
     that the options do not cover."""
     from covey_coordinator.follow import follow
     from covey_coordinator.queueing import queue_run
+    from covey_coordinator.status import read_status
 
     directory = queue_run(fleet_dir, plan, name, options)
     click.echo(f"run {directory.name} queued")
-    status = _status(fleet_dir)
+    status = read_status(fleet_dir)
     if status is None:
-        click.echo("no `covey up` runs in this fleet's directory: start it in another terminal")
+        click.echo("`covey up` does not run for this fleet: start it in another terminal")
     elif not status.present:
         click.echo("no device is online yet: start some with covey-device run")
-    if not detach and not follow(directory):
+    if not detach and not follow(directory, lambda: read_status(fleet_dir) is not None):
         sys.exit(1)
 
 
-@main.command()
+@main.command(short_help="The fleet at a glance.")
 @fleet_option
 def status(fleet_dir: Path) -> None:
     """The fleet at a glance: broker, devices, runs."""
@@ -222,46 +248,46 @@ def status(fleet_dir: Path) -> None:
     from rich.table import Table
 
     from covey_coordinator.config import load_fleet
+    from covey_coordinator.status import read_status
     from covey_coordinator.store import RunDirectory
 
-    config, now = load_fleet(fleet_dir), _status(fleet_dir)
-    console = Console()
-    console.print(f"fleet {config.fleet} in {fleet_dir.absolute()}", soft_wrap=True)
+    config, now = load_fleet(fleet_dir), read_status(fleet_dir)
+    click.echo(f"fleet {config.fleet} in {fleet_dir.absolute()}")
     if now is None:
-        console.print("coordinator: not running (covey up)")
+        click.echo("coordinator: not running (covey up)")
     else:
         connected = "connected" if now.connected else "not connected"
-        console.print(f"coordinator: running, {connected} to broker {now.broker}", soft_wrap=True)
-        console.print(f"online: {', '.join(now.present) or 'no device'}", soft_wrap=True)
+        click.echo(f"coordinator: running, {connected} to broker {now.broker}")
+        click.echo(f"online: {_names(now.present) or 'no device'}")
     if (fleet_dir / "ca" / "ca.key").exists():
-        console.print(
-            "the fleet CA's key is on this machine: whoever takes it over can invent devices",
-            soft_wrap=True,
+        click.echo(
+            "the fleet CA's key is on this machine: whoever takes it over can invent devices"
         )
+    paths = sorted((fleet_dir / "runs").glob("*/state.json"))
+    if not paths:
+        click.echo("no runs yet: covey run PLAN")
+        return
     table = Table(box=None)
     for column in ("run", "status", "rounds", "completed", "abandoned", "note"):
         table.add_column(column)
-    for path in sorted((fleet_dir / "runs").glob("*/state.json")):
-        state = RunDirectory(path.parent).state()
+    for path in paths:
+        try:
+            state = RunDirectory(path.parent).state()
+        except CoveyError as error:
+            table.add_row(path.parent.name, "damaged", "", "", "", str(error))
+            continue
+        shown = "interrupted" if now is None and state.status == "running" else state.status
         table.add_row(
-            path.parent.name, state.status, str(state.rounds_done), str(state.rounds_completed),
+            path.parent.name, shown, str(state.rounds_done), str(state.rounds_completed),
             str(state.rounds_abandoned), state.message,
         )  # fmt: skip
-    console.print(table)
+    Console().print(table)
 
 
-def _status(fleet_dir: Path) -> Any:
-    """What a running `covey up` last said; None if none is running."""
-    import msgspec
-
-    from covey_coordinator.daemon import Status
-
-    try:
-        found = msgspec.json.decode((fleet_dir / "status.json").read_bytes(), type=Status)
-        os.kill(found.pid, 0)
-    except (OSError, msgspec.MsgspecError):
-        return None
-    return found
+def _names(names: list[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+    return ", ".join(names[:MAX_SHOWN]) + more
 
 
 def _add_plan_commands() -> None:

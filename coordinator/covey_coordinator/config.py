@@ -136,5 +136,5 @@ def check_run(run: RunConfig, *, file: str) -> None:
     if run.cohort.minimum > run.cohort.goal:
         raise ConfigError(
             f"{file}: key `cohort.minimum` is {run.cohort.minimum}, above `cohort.goal` "
-            f"({run.cohort.goal}); lower it"
+            f"({run.cohort.goal}); lower it, or raise the goal"
         )

@@ -9,18 +9,26 @@ import asyncio
 import contextlib
 import fcntl
 import logging
-import os
-from collections.abc import AsyncIterator, Callable, Iterator
+import zipfile
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
-from covey_coordinator.broker import start_broker
-from covey_coordinator.config import EvaluationConfig, FleetConfig, RunConfig, load, load_fleet
-from covey_coordinator.files import write_atomic
+from covey_coordinator import status
+from covey_coordinator.broker import RunningBroker, start_broker
+from covey_coordinator.config import (
+    EvaluationConfig,
+    FleetConfig,
+    RunConfig,
+    check_run,
+    load,
+    load_fleet,
+)
+from covey_coordinator.files import storage_error
 from covey_coordinator.fleet import COORDINATOR_USER, DEVICE_USER, FleetDirectory, read_line
-from covey_coordinator.follow import describe
+from covey_coordinator.follow import describe, ending
 from covey_coordinator.plans.bundle import load_bundle
 from covey_coordinator.registry import Registry
 from covey_coordinator.run import HeldOut, RoundOutcome, Run
@@ -33,23 +41,19 @@ from covey_shared.mqtt import MqttTransport
 log = logging.getLogger("covey.coordinator")
 
 POLL_S = 0.5
+BROKER_POLL_S = 0.5
+BROKER_RETRY_S = 5.0
 SHOW_S = 0.3
-
-
-class Status(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """status.json: what `covey status` reads. pid: of the process that wrote it."""
-
-    pid: int
-    broker: str
-    connected: bool
-    present: list[str]
-    faults: dict[str, int]
 
 
 @contextlib.contextmanager
 def only_one(path: Path) -> Iterator[None]:
-    """Hold the fleet's lock. Raises ConfigError if another `covey up` has it."""
-    with (path / ".lock").open("w") as file:
+    """Hold the fleet's lock. Raises ConfigError if another `covey up` has it, StorageError."""
+    try:
+        lock = (path / ".lock").open("w")
+    except OSError as error:
+        raise storage_error("write", path / ".lock", error) from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -72,13 +76,52 @@ async def broker_of(
         yield fleet.broker_url(config), password, f"external, {broker.url}"
         return
     users = {user: fleet.password(user) for user in (COORDINATOR_USER, DEVICE_USER)}
-    directory = fleet.path / "broker" / "run"
-    async with await start_broker(broker.kind, directory, users=users, port=broker.port) as running:
+    kind, directory = broker.kind, fleet.path / "broker" / "run"
+
+    async def start() -> RunningBroker:
+        return await start_broker(kind, directory, users=users, port=broker.port)
+
+    kept = _KeptBroker(await start(), start)
+    keeping = asyncio.create_task(kept.keep())
+    try:
+        running = kept.broker
         yield (
             running.url,
             users[COORDINATOR_USER],
             f"{running.kind} {running.version}, {running.url}",
         )
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+        await kept.broker.stop()
+
+
+class _KeptBroker:
+    """A broker that is started again when it ends by itself; clients reconnect on their own."""
+
+    def __init__(
+        self, broker: RunningBroker, start: Callable[[], Awaitable[RunningBroker]]
+    ) -> None:
+        self.broker = broker
+        self._start = start
+
+    async def keep(self) -> None:
+        """Look after it for ever."""
+        while True:
+            await asyncio.sleep(BROKER_POLL_S)
+            if self.broker.running:
+                continue
+            log.error(
+                "the broker ended (exit code %s); starting it again. Its log %s ends with: %s",
+                self.broker.process.returncode,
+                self.broker.log,
+                " | ".join(self.broker.last_log_lines(3)) or "nothing",
+            )
+            try:
+                self.broker = await self._start()
+            except CoveyError as error:
+                log.error("%s", error)
+                await asyncio.sleep(BROKER_RETRY_S)
 
 
 def known_devices(fleet: FleetDirectory) -> Registry:
@@ -90,6 +133,7 @@ def load_run(directory: RunDirectory) -> tuple[RunConfig, Run]:
     """A queued run, ready to play. Raises CoveyError that names the file."""
     path = directory.path / "run.toml"
     config = load(path, RunConfig, hint="`covey run` makes one")
+    check_run(config, file=str(path))
     bundle = load_bundle(directory.path / config.plan)
     held_out = (
         load_held_out(directory.path / config.evaluation.file, config.evaluation)
@@ -102,13 +146,23 @@ def load_run(directory: RunDirectory) -> tuple[RunConfig, Run]:
 def load_held_out(path: Path, evaluation: EvaluationConfig) -> HeldOut:
     """An evaluation set. Raises DataError that names the file and the array."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise DataError(f"evaluation set {path} is no .npz archive; make one with numpy.savez")
+        with archive:
             for name in (evaluation.features, evaluation.labels):
                 if name not in archive:
-                    raise DataError(f"{path} has no array {name!r}; it has {sorted(archive)}")
+                    raise DataError(
+                        f"evaluation set {path} has no array {name!r}; it has {sorted(archive)}: "
+                        "name its arrays in [evaluation]"
+                    )
             return HeldOut(archive[evaluation.features], archive[evaluation.labels])
-    except (OSError, ValueError) as error:
-        raise DataError(f"evaluation set {path} cannot be read: {error}") from error
+    except OSError as error:
+        raise DataError(f"evaluation set {path} cannot be read: {error.strerror}") from error
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(
+            f"evaluation set {path} is no .npz archive, or damaged; make one with numpy.savez"
+        ) from error
 
 
 class Daemon:
@@ -118,8 +172,9 @@ class Daemon:
         self._fleet = fleet
         self._config = load_fleet(fleet.path)
         self._say = say
-        self._current: RunDirectory | None = None
+        self._current: Run | None = None
         self._shown_at = 0.0
+        self._given_up: set[str] = set()
 
     async def serve(self, stop: asyncio.Event) -> None:
         """Run until `stop`. Raises CoveyError if it cannot even start."""
@@ -148,7 +203,7 @@ class Daemon:
                     reporter.cancel()
                     await service.close()
                     with contextlib.suppress(OSError):
-                        (fleet.path / "status.json").unlink()
+                        (fleet.path / status.FILE).unlink()
 
     async def _play_all(self, service: CoordinatorService, stop: asyncio.Event) -> None:
         while not stop.is_set():
@@ -158,31 +213,43 @@ class Daemon:
                     async with asyncio.timeout(POLL_S):
                         await stop.wait()
                 continue
+            await self._play(service, directory, stop)
+
+    async def _play(
+        self, service: CoordinatorService, directory: RunDirectory, stop: asyncio.Event
+    ) -> None:
+        """One run, until it ends or `stop`; whatever goes wrong with it ends it and nothing else."""
+        try:
             service.registry.identities = known_devices(self._fleet).identities
-            try:
-                _, run = load_run(directory)
-            except CoveyError as error:
-                self._fail(directory, str(error))
-                continue
-            self._current = directory
-            self._say(f"run {directory.name}: {run.rounds_left} rounds to go")
-            playing = asyncio.create_task(service.play(run, stop=stop))
-            stopping = asyncio.create_task(stop.wait())
+        except CoveyError as error:
+            self._say(f"devices added since the last run are not pinned: {error}")
+        try:
+            _, run = await asyncio.to_thread(load_run, directory)
+        except CoveyError as error:
+            self._fail(directory, str(error))
+            return
+        self._current = run
+        self._say(f"run {directory.name}: {run.rounds_left} rounds to go")
+        playing = asyncio.create_task(service.play(run))
+        stopping = asyncio.create_task(stop.wait())
+        try:
             await asyncio.wait({playing, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            stopping.cancel()
             if not playing.done():
-                playing.cancel()  # the open round is lost; the run goes on at the next start
-                with contextlib.suppress(asyncio.CancelledError):
-                    await playing
+                # The open round is lost, and nothing else: the run goes on at the next start.
+                playing.cancel()
+                await asyncio.wait({playing})
+                self._say(f"run {directory.name}: stopped; the next `covey up` goes on with it")
                 return
-            try:
-                state = playing.result()
-                self._say(
-                    f"run {directory.name} {state.status}: {state.rounds_completed} rounds "
-                    f"completed, {state.rounds_abandoned} abandoned"
-                )
-            except CoveyError as error:
-                self._fail(directory, str(error))
+            state = playing.result()
+            self._say(f"run {directory.name} {ending(state)}")
+        except CoveyError as error:
+            self._fail(directory, str(error))
+        except Exception as error:
+            log.exception("run %s cannot go on", directory.name)
+            self._fail(directory, f"unexpected {type(error).__name__}: {error}")
+        finally:
+            stopping.cancel()
+            playing.cancel()
             self._current = None
 
     def _next_run(self) -> RunDirectory | None:
@@ -190,42 +257,47 @@ class Daemon:
         waiting = []
         for path in (self._fleet.path / "runs").glob("*/state.json"):
             directory = RunDirectory(path.parent)
-            with contextlib.suppress(CoveyError):
+            if directory.name in self._given_up:
+                continue
+            try:
                 if directory.state().status in ("queued", "running"):
                     waiting.append(((path.parent / "run.toml").stat().st_mtime, directory))
+            except (CoveyError, OSError) as error:
+                self._say(f"run {directory.name} cannot be played: {error}")
+                self._given_up.add(directory.name)
         return min(waiting, key=lambda entry: entry[0])[1] if waiting else None
 
     def _fail(self, directory: RunDirectory, reason: str) -> None:
         self._say(f"run {directory.name} failed: {reason}")
-        state = directory.state()
-        state.status, state.message = "failed", reason
-        directory.save_state(state)
+        self._given_up.add(directory.name)
+        with contextlib.suppress(CoveyError):  # its state may be what is damaged
+            state = directory.state()
+            state.status, state.message = "failed", reason
+            directory.save_state(state)
 
     def _observer(self) -> Observer:
         def observe(event: object) -> None:
-            if isinstance(event, RoundOutcome) and self._current is not None:
-                lines = self._current.read_metrics()
-                self._say(f"run {self._current.name}: {describe(lines[-1])}")
+            run = self._current
+            if isinstance(event, RoundOutcome) and run is not None and run.state.last is not None:
+                self._say(f"run {run.directory.name}: {describe(run.state.last)}")
             if isinstance(event, Progress):
                 now = asyncio.get_running_loop().time()
-                if self._current is not None and now - self._shown_at >= SHOW_S:
+                if run is not None and now - self._shown_at >= SHOW_S:
                     self._shown_at = now
                     with contextlib.suppress(CoveyError):
-                        self._current.show(event)
+                        run.directory.show(event)
 
         return observe
 
     async def _report(self, service: CoordinatorService, broker: str) -> None:
         while True:
-            status = Status(
-                pid=os.getpid(),
-                broker=broker,
-                connected=service.transport_up,
-                present=sorted(service.registry.present),
-                faults={str(name): n for name, n in service.registry.faults.items()},
-            )
+            registry = service.registry
             with contextlib.suppress(CoveyError):
-                write_atomic(
-                    self._fleet.path / "status.json", msgspec.json.encode(status), durable=False
+                status.write_status(
+                    self._fleet.path,
+                    broker,
+                    service.transport_up,
+                    sorted(registry.present),
+                    {str(name): n for name, n in registry.faults.items()},
                 )
             await asyncio.sleep(1)

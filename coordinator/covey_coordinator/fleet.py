@@ -8,6 +8,7 @@ to live on another machine once a fleet is in earnest; rounds do not need it.
 import os
 import re
 import secrets
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,13 @@ from pathlib import Path
 import msgspec
 import tomli_w
 
-from covey_coordinator.config import BrokerConfig, FleetConfig, load_fleet
-from covey_coordinator.files import write_atomic
+from covey_coordinator.config import BrokerConfig, FleetConfig, check_fleet, load_fleet
+from covey_coordinator.files import storage_error, sync_directory, write_atomic
 from covey_shared import keys, wire
-from covey_shared.errors import ConfigError, RemoteProtocolError, StorageError
+from covey_shared.config import unreadable
+from covey_shared.errors import ConfigError, RemoteProtocolError
 from covey_shared.messages import Certificate, DeviceId
+from covey_shared.mqtt import parse_broker_url
 from covey_shared.secagg.cohort import Trust
 
 COORDINATOR_USER = "coordinator"
@@ -54,13 +57,21 @@ class FleetDirectory:
         check_name(fleet, "fleet")
         if (path / "covey.toml").exists():
             raise ConfigError(f"{path} holds a fleet already; choose another directory")
+        if (path / "ca" / "ca.key").exists() or (path / "coordinator.key").exists():
+            # New keys would make strangers of all its devices.
+            raise ConfigError(
+                f"{path} holds the keys of a fleet without its covey.toml; restore that file, or "
+                "choose another directory"
+            )
+        config = FleetConfig(fleet=fleet, broker=broker)
+        check_fleet(config, file="the command line")
         try:
             for directory in (path, path / "devices", path / "runs"):
                 directory.mkdir(parents=True, exist_ok=True)
             for private in (path / "ca", path / "broker"):
                 private.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"cannot make {path}: {error.strerror}") from error
+            raise storage_error("make", path, error) from error
         self = cls(path)
         for name in ("ca/ca", "coordinator"):
             key = keys.SigningKey(os.urandom(32))
@@ -68,7 +79,6 @@ class FleetDirectory:
             write_atomic(path / f"{name}.pub", key.public.hex().encode() + b"\n")
         for user in (COORDINATOR_USER, DEVICE_USER):
             write_secret(self.password_file(user), secrets.token_urlsafe(24))
-        config = FleetConfig(fleet=fleet, broker=broker)
         table = {k: v for k, v in msgspec.to_builtins(config).items() if v is not None}
         table["broker"] = {k: v for k, v in table["broker"].items() if v is not None}
         write_atomic(path / "covey.toml", tomli_w.dumps(table).encode())
@@ -84,13 +94,14 @@ class FleetDirectory:
         """
         check_name(name, "device")
         config, trust = load_fleet(self.path), self.trust
+        url = broker_url or self.broker_url(config)
+        parse_broker_url(url)
         directory = self.path / "devices" / name
-        try:
-            directory.mkdir(mode=0o700, parents=True)
-        except FileExistsError:
-            raise ConfigError(f"there is a device {name!r} already: {directory}") from None
-        except OSError as error:
-            raise StorageError(f"cannot make {directory}: {error.strerror}") from error
+        if directory.exists():
+            raise ConfigError(
+                f"there is a device {name!r} already: {directory}; choose another name, or remove it"
+            )
+        ca_key, password = self.ca_key(), self.password(DEVICE_USER)
         identity = keys.SigningKey(os.urandom(32))
         certificate = Certificate(
             fleet=config.fleet,
@@ -98,9 +109,6 @@ class FleetDirectory:
             identity=identity.public,
             not_after_unix=int(time.time()) + days * DAY_S,
         )
-        write_secret(directory / "identity.key", identity.seed.hex())
-        write_atomic(directory / "certificate", wire.sign(certificate, self.ca_key()).envelope)
-        write_secret(directory / "broker.password", self.password(DEVICE_USER))
         table = {
             "fleet": config.fleet,
             "device": name,
@@ -108,14 +116,28 @@ class FleetDirectory:
             "certificate": "certificate",
             "state": "state",
             "broker": {
-                "url": broker_url or self.broker_url(config),
+                "url": url,
                 "username": DEVICE_USER,
                 "password_file": "broker.password",
             },
             "trust": {"fleet_ca": trust.ca.hex(), "coordinator": trust.coordinator.hex()},
             "data": {"kind": "npz", "file": str(data.resolve()) if data else "data.npz"},
         }
-        write_atomic(directory / "device.toml", tomli_w.dumps(table).encode())
+        # Made beside its place and then renamed: a device is there whole or not at all.
+        fresh = directory.with_name(f".{name}.new")
+        try:
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(mode=0o700, parents=True)
+            write_secret(fresh / "identity.key", identity.seed.hex())
+            write_atomic(fresh / "certificate", wire.sign(certificate, ca_key).envelope)
+            write_secret(fresh / "broker.password", password)
+            write_atomic(fresh / "device.toml", tomli_w.dumps(table).encode())
+            fresh.rename(directory)
+            sync_directory(directory.parent)
+        except OSError as error:
+            raise storage_error("make", directory, error) from error
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
         return directory
 
     # -- reading ----------------------------------------------------------------------------------
@@ -154,12 +176,20 @@ class FleetDirectory:
         """All devices with a valid certificate here, by name."""
         trust, found = self.trust, []
         for path in sorted((self.path / "devices").glob("*/certificate")):
+            if path.parent.name.startswith("."):
+                continue  # one that is being added at this moment
             try:
                 certificate = wire.opened(
                     Certificate, path.read_bytes(), trust.ca, signer="the fleet CA"
                 ).message
-            except (OSError, RemoteProtocolError) as error:
-                raise ConfigError(f"{path}: {error}; remove it or add the device anew") from error
+            except OSError as error:
+                raise ConfigError(
+                    f"{path} cannot be read: {error.strerror}; check its owner"
+                ) from error
+            except RemoteProtocolError as error:
+                raise ConfigError(
+                    f"{path}: {error}; restore it, or remove {path.parent} and add the device anew"
+                ) from error
             found.append(
                 DeviceEntry(certificate.device, certificate.identity, certificate.not_after_unix)
             )
@@ -173,7 +203,9 @@ class FleetDirectory:
         seed = _from_hex(path)
         mode = path.stat().st_mode & 0o777
         if mode & 0o077:
-            raise ConfigError(f"{path} can be read by others (mode {mode:04o}); chmod 600 it")
+            raise ConfigError(
+                f"{path} can be read by others (mode {mode:04o}); run: chmod 600 {path}"
+            )
         return keys.SigningKey(seed)
 
 
@@ -190,7 +222,7 @@ def read_line(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8").split("\n", 1)[0].strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+        raise unreadable(path, error) from error
 
 
 def write_secret(path: Path, text: str) -> None:

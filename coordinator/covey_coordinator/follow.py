@@ -1,18 +1,22 @@
 """Follows a run from outside, by its directory: one line a round, and where the open one stands."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from covey_coordinator.store import RunDirectory
+from covey_coordinator.store import RunDirectory, RunState
 
 POLL_S = 0.3
 
 
-def follow(directory: RunDirectory, console: Console | None = None) -> bool:
-    """Print until the run ends. True if it completed. Ctrl-C stops following, not the run."""
+def follow(directory: RunDirectory, up: Callable[[], bool], console: Console | None = None) -> bool:
+    """Print until the run ends. True if it gave a model. Ctrl-C stops following, not the run.
+
+    up: whether there is a `covey up` that plays it.
+    """
     console = console or Console()
     shown = 0
     columns = (
@@ -24,16 +28,19 @@ def follow(directory: RunDirectory, console: Console | None = None) -> bool:
     )
     try:
         with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("waiting", total=None, round="-")
+            task = bar.add_task("queued", total=None, round="-")
             while True:
                 state = directory.state()
                 lines = directory.read_metrics()
                 for line in lines[shown:]:
-                    bar.console.print(describe(line), soft_wrap=True)
+                    bar.console.print(describe(line), soft_wrap=True, highlight=False)
                 shown = len(lines)
                 if state.status in ("completed", "failed", "stopped"):
                     break
-                if (now := directory.progress()) is not None and state.status == "running":
+                now = directory.progress()
+                if not up():
+                    bar.update(task, description="waiting for `covey up`", total=None)
+                elif now is not None and state.status == "running":
                     bar.update(
                         task,
                         description=now.phase,
@@ -43,17 +50,19 @@ def follow(directory: RunDirectory, console: Console | None = None) -> bool:
                     )
                 time.sleep(POLL_S)
     except KeyboardInterrupt:
-        console.print(f"run {directory.name} goes on; covey status shows it")
+        console.print(f"run {directory.name} goes on without you; `covey status` shows it")
         return True
-    console.print(
-        f"run {directory.name} {state.status}: {state.rounds_completed} rounds completed, "
-        f"{state.rounds_abandoned} abandoned {state.message}".rstrip(),
-        soft_wrap=True,
-    )
+    console.print(f"run {directory.name} {ending(state)}", soft_wrap=True, highlight=False)
     if state.rounds_completed:
-        console.print(f"model: {directory.path / 'model.onnx'}", soft_wrap=True)
-        console.print(f"metrics: {directory.metrics}", soft_wrap=True)
-    return state.status == "completed"
+        console.print(f"model: {directory.path / 'model.onnx'}", soft_wrap=True, highlight=False)
+        console.print(f"metrics: {directory.metrics}", soft_wrap=True, highlight=False)
+    return state.status == "completed" and state.rounds_completed > 0
+
+
+def ending(state: RunState) -> str:
+    """How a run ended, for people."""
+    counts = f"{state.rounds_completed} rounds completed, {state.rounds_abandoned} abandoned"
+    return f"{state.status}: {state.message or counts}"
 
 
 def describe(line: dict[str, Any]) -> str:
@@ -67,4 +76,6 @@ def describe(line: dict[str, Any]) -> str:
         parts.append(f"test accuracy {line['test_accuracy']:.4f}")
     elif "test_loss" in line:
         parts.append(f"test loss {line['test_loss']:.4f}")
+    elif "test_problem" in line:
+        parts.append(f"not evaluated: {line['test_problem']}")
     return f"{head}  " + "  ".join(parts)

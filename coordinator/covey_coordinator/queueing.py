@@ -2,6 +2,7 @@
 
 import os
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from covey_coordinator.daemon import load_held_out
 from covey_coordinator.fleet import FleetDirectory, check_name
 from covey_coordinator.plans.bundle import load_bundle
 from covey_coordinator.round import new_run_id
-from covey_coordinator.run import hyper_values
+from covey_coordinator.run import hyper_values, rehearse
 from covey_coordinator.store import RunDirectory
 from covey_shared import config as config_reader
-from covey_shared.errors import ConfigError
+from covey_shared.errors import ConfigError, DataError
 
 # Command-line option -> key in run.toml.
 _KEYS = {
@@ -38,16 +39,10 @@ def queue_run(
     Raises ConfigError, DataError, MalformedError or StorageError that names the file and the key.
     """
     load_fleet(fleet_dir)
-    if plan.is_dir():
-        table: dict[str, Any] = {"plan": str(plan.absolute())}
-        source = "the command line"
-    else:
-        config = load(plan, RunConfig, hint="give a plan's directory or a run.toml")
-        table = _table(config)
-        table["plan"] = str((plan.parent / config.plan).absolute())
-        if config.evaluation is not None:
-            table["evaluation"]["file"] = str((plan.parent / config.evaluation.file).absolute())
-        source = str(plan)
+    if name is not None:
+        check_name(name, "run")
+    source = "the command line" if plan.is_dir() else str(plan)
+    table: dict[str, Any] = {"plan": str(plan.absolute())} if plan.is_dir() else _given(plan)
     for option, value in options.items():
         if value is not None:
             _set(table, _KEYS[option], str(value.absolute()) if option == "test" else value)
@@ -58,13 +53,38 @@ def queue_run(
         _set(table, ("cohort", "goal"), max(minimum, min(cohort.goal, known or cohort.goal)))
     config = config_reader.convert(table, RunConfig, file=source)
     check_run(config, file=source)
-    hyper_values(load_bundle(Path(config.plan)), config)
+    bundle, held_out = load_bundle(Path(config.plan)), None
+    hyper_values(bundle, config)
     if config.evaluation is not None:
-        load_held_out(Path(config.evaluation.file), config.evaluation)
-    name = name or time.strftime("%Y%m%d-%H%M%S")
-    check_name(name, "run")
+        held_out = load_held_out(Path(config.evaluation.file), config.evaluation)
+    try:
+        rehearse(bundle, held_out)
+    except DataError as error:
+        file = config.evaluation.file if config.evaluation is not None else ""
+        raise DataError(f"evaluation set {file}: {error}") from error
     text = tomli_w.dumps(_table(config)).encode()
-    return RunDirectory.create(fleet_dir / "runs" / name, text, new_run_id(os.urandom))
+    runs = fleet_dir / "runs"
+    return RunDirectory.create(runs / (name or _free_name(runs)), text, new_run_id(os.urandom))
+
+
+def _given(file: Path) -> dict[str, Any]:
+    """A run.toml as it stands, with absolute paths: what it leaves out is not the default yet."""
+    config = load(file, RunConfig, hint="give a plan's directory or a run.toml")
+    table = tomllib.loads(file.read_text(encoding="utf-8"))
+    table["plan"] = str((file.parent / config.plan).absolute())
+    if config.evaluation is not None:
+        table["evaluation"]["file"] = str((file.parent / config.evaluation.file).absolute())
+    return table
+
+
+def _free_name(runs: Path) -> str:
+    """The time, and a number if there is a run of that second already."""
+    name = now = time.strftime("%Y%m%d-%H%M%S")
+    number = 1
+    while (runs / name).exists():
+        number += 1
+        name = f"{now}-{number}"
+    return name
 
 
 def _set(table: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:

@@ -18,10 +18,10 @@ from covey_coordinator.config import RunConfig
 from covey_coordinator.plans.bundle import PlanBundle
 from covey_coordinator.round import Completed, RoundSpec
 from covey_coordinator.store import RunDirectory, RunState
-from covey_shared.errors import ConfigError, CoveyError
+from covey_shared.errors import ConfigError, CoveyError, DataError
 from covey_shared.layout import Flat
-from covey_shared.messages import RoundCall, RunId, Work
-from covey_shared.runtime import Evaluator, export_model
+from covey_shared.messages import MAX_HYPERPARAMETERS, RoundCall, RunId, Work
+from covey_shared.runtime import Evaluator, TrainStep, check_batch, export_model
 
 
 class HeldOut(NamedTuple):
@@ -249,4 +249,27 @@ def hyper_values(bundle: PlanBundle, config: RunConfig) -> tuple[float, ...]:
                 f"key `work.hyper.{name}`: the plan {bundle.header.name!r} has no such "
                 f"hyper-parameter; it has {', '.join(known) or 'none'}"
             )
+    if len(known) > MAX_HYPERPARAMETERS:
+        raise ConfigError(
+            f"the plan {bundle.header.name!r} has {len(known)} hyper-parameters; a round can set "
+            f"{MAX_HYPERPARAMETERS}"
+        )
     return tuple(float(config.work.hyper.get(name, value)) for name, value in known.items())
+
+
+def rehearse(bundle: PlanBundle, held_out: HeldOut | None) -> None:
+    """Try everything a run will do with a plan and an evaluation set, before devices are asked.
+
+    Raises MalformedError for graphs that do not run, DataError for a set that does not fit.
+    """
+    header = bundle.header
+    TrainStep(header, bundle.graphs["train"])
+    evaluator = Evaluator(header, bundle.graphs["eval"])
+    export_model(header, bundle.graphs["infer"], bundle.initial)
+    if held_out is None:
+        return
+    features, labels = held_out
+    check_batch(header, features, labels)
+    if not np.isfinite(features).all():
+        raise DataError("not all features are finite")
+    evaluator.evaluate(bundle.initial, features[:256], labels[:256])

@@ -1,0 +1,220 @@
+"""A fleet's directory: keys that are secret, devices that are whole, mistakes that are named."""
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from covey_coordinator import files
+from covey_coordinator.config import BrokerConfig, load_fleet
+from covey_coordinator.fleet import DAY_S, DEVICE_USER, FleetDirectory, check_name
+from covey_device.assembly import concerns, load_device
+from covey_shared.errors import ConfigError, StorageError
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> FleetDirectory:
+    return FleetDirectory.create(tmp_path / "fleet", "farm", BrokerConfig(port=1999))
+
+
+def modes(path: Path) -> dict[str, int]:
+    found = [path, *sorted(path.rglob("*"))]
+    return {str(p.relative_to(path.parent)): stat.S_IMODE(p.stat().st_mode) for p in found}
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_secrets_are_the_owner_s_alone_whatever_the_umask(tmp_path: Path, umask: int):
+    before = os.umask(umask)
+    try:
+        fleet = FleetDirectory.create(tmp_path / "fleet", "farm", BrokerConfig())
+        fleet.add_device("pi-1", days=10, data=None)
+    finally:
+        os.umask(before)
+    found = modes(fleet.path)
+    secret = {
+        "fleet/ca/ca.key", "fleet/coordinator.key", "fleet/broker/coordinator.password",
+        "fleet/broker/device.password", "fleet/devices/pi-1/identity.key",
+        "fleet/devices/pi-1/broker.password",
+    }  # fmt: skip
+    assert secret <= set(found)
+    assert {name: found[name] for name in secret} == dict.fromkeys(secret, 0o600)
+    for name in ("fleet/ca", "fleet/broker", "fleet/devices/pi-1"):
+        assert found[name] == 0o700
+    files_ = [path for path in fleet.path.rglob("*") if path.is_file()]
+    assert not any(path.stat().st_mode & 0o022 for path in files_)
+
+
+def test_the_keys_are_different_ones_and_belong_together(fleet: FleetDirectory):
+    assert fleet.trust.fleet == "farm"
+    assert fleet.ca_key().public == fleet.trust.ca
+    assert fleet.coordinator_key().public == fleet.trust.coordinator
+    assert fleet.trust.ca != fleet.trust.coordinator
+    assert fleet.password("coordinator") != fleet.password("device")
+    assert len(fleet.password("device")) >= 20
+
+
+def test_a_fleet_is_not_made_over_another(fleet: FleetDirectory):
+    with pytest.raises(ConfigError, match="holds a fleet already; choose another directory"):
+        FleetDirectory.create(fleet.path, "other", BrokerConfig())
+    (fleet.path / "covey.toml").unlink()
+    with pytest.raises(ConfigError, match=r"holds the keys of a fleet without its covey\.toml"):
+        FleetDirectory.create(fleet.path, "other", BrokerConfig())
+
+
+@pytest.mark.parametrize("name", ["", "A", "a b", "a/b", "../x", "-a", "a-", "a" * 33, "a\n", "ä"])
+def test_names_are_topic_levels_and_file_names(fleet: FleetDirectory, name: str):
+    for make in (
+        lambda: check_name(name, "run"),
+        lambda: fleet.add_device(name, days=1, data=None),
+        lambda: FleetDirectory.create(fleet.path / "x", name, BrokerConfig()),
+    ):
+        with pytest.raises(ConfigError, match="1 to 32 lower-case letters, digits and inner"):
+            make()
+    assert not (fleet.path / "x").exists()
+    assert list((fleet.path / "devices").iterdir()) == []
+
+
+def test_a_broker_that_cannot_be_is_refused_before_anything_is_made(tmp_path: Path):
+    broker = BrokerConfig(kind="external", url="http://host")
+    with pytest.raises(ConfigError, match=r"key `broker\.url`: broker URL http://host: it starts"):
+        FleetDirectory.create(tmp_path / "fleet", "farm", broker)
+    assert not (tmp_path / "fleet").exists()
+
+
+def test_a_device_is_sound_where_it_is_carried(fleet: FleetDirectory, tmp_path: Path):
+    """The printed directory is all that a device needs, wherever it is copied to."""
+    directory = fleet.add_device("pi-1", days=10, data=None)
+    there = tmp_path / "elsewhere"
+    directory.rename(there)
+    parts = load_device(there / "device.toml")
+    assert (parts.config.device, parts.config.fleet) == ("pi-1", "farm")
+    assert parts.trust == fleet.trust
+    assert parts.password == fleet.password(DEVICE_USER)
+    assert parts.config.broker.url == "mqtt://127.0.0.1:1999"
+    assert concerns(parts, 0) == [
+        f"key `data.file`: {there / 'data.npz'} does not exist: put it there, or correct [data]"
+    ]
+
+
+def test_a_certificate_that_ended_is_a_concern(fleet: FleetDirectory, tmp_path: Path):
+    (tmp_path / "data.npz").write_bytes(b"")
+    directory = fleet.add_device("pi-1", days=10, data=tmp_path / "data.npz")
+    (entry,) = fleet.devices()
+    parts = load_device(directory / "device.toml")
+    assert concerns(parts, entry.not_after_unix) == []
+    (concern,) = concerns(parts, entry.not_after_unix + 1)
+    assert concern.startswith("the certificate ended on 20")
+
+
+def test_a_device_elsewhere_gets_the_broker_s_address(fleet: FleetDirectory):
+    directory = fleet.add_device("pi-1", days=1, data=None, broker_url="mqtts://broker.lan")
+    assert load_device(directory / "device.toml").config.broker.url == "mqtts://broker.lan"
+    with pytest.raises(ConfigError, match="it starts with mqtt://"):
+        fleet.add_device("pi-2", days=1, data=None, broker_url="broker.lan")
+    assert [entry.name for entry in fleet.devices()] == ["pi-1"]
+
+
+def test_devices_are_listed_by_name_with_their_ends(fleet: FleetDirectory):
+    for name in ("pi-2", "pi-1"):
+        fleet.add_device(name, days=3, data=None)
+    entries = fleet.devices()
+    assert [entry.name for entry in entries] == ["pi-1", "pi-2"]
+    assert all(abs(e.not_after_unix - time.time() - 3 * DAY_S) < 60 for e in entries)
+    assert entries[0].identity != entries[1].identity
+
+
+def test_a_name_is_taken_once(fleet: FleetDirectory):
+    fleet.add_device("pi-1", days=1, data=None)
+    before = (fleet.path / "devices" / "pi-1" / "identity.key").read_bytes()
+    with pytest.raises(ConfigError, match="there is a device 'pi-1' already"):
+        fleet.add_device("pi-1", days=1, data=None)
+    assert (fleet.path / "devices" / "pi-1" / "identity.key").read_bytes() == before
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_device_is_there_whole_or_not_at_all(fleet: FleetDirectory, at: int):
+    real, left = os.write, [at]
+
+    def write(*args: Any) -> int:
+        left[0] -= 1
+        if left[0] == -1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files.os, "write", write)
+        if at < 4:
+            with pytest.raises(StorageError, match="No space left on device"):
+                fleet.add_device("pi-1", days=1, data=None)
+            assert list((fleet.path / "devices").iterdir()) == []
+    fleet.add_device("pi-1", days=1, data=None)
+    assert load_device(fleet.path / "devices" / "pi-1" / "device.toml")
+
+
+def test_without_the_authority_s_key_no_device_is_added(fleet: FleetDirectory):
+    """It may well live on another machine; nothing is left half made."""
+    (fleet.path / "ca" / "ca.key").unlink()
+    with pytest.raises(ConfigError, match=r"ca\.key cannot be read: No such file or directory"):
+        fleet.add_device("pi-1", days=1, data=None)
+    assert list((fleet.path / "devices").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [("ca/ca.key", FleetDirectory.ca_key), ("coordinator.key", FleetDirectory.coordinator_key)],
+    ids=["authority", "coordinator"],
+)
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
+def test_a_key_that_others_can_read_is_refused(
+    fleet: FleetDirectory, name: str, read: Callable[[FleetDirectory], object], mode: int
+):
+    path = fleet.path / name
+    path.chmod(mode)
+    with pytest.raises(ConfigError) as caught:
+        read(fleet)
+    assert str(caught.value) == (
+        f"{path} can be read by others (mode {mode:04o}); run: chmod 600 {path}"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "00", "zz" * 32, "00" * 33])
+def test_a_damaged_key_is_named_and_not_shown(fleet: FleetDirectory, text: str):
+    (fleet.path / "coordinator.key").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        fleet.coordinator_key()
+    path = fleet.path / "coordinator.key"
+    assert str(caught.value) == f"{path} is not a key of 64 hexadecimal digits; restore it"
+
+
+@pytest.mark.parametrize("data", [b"", b"garbage", bytes(200)])
+def test_a_damaged_certificate_is_named(fleet: FleetDirectory, data: bytes):
+    directory = fleet.add_device("pi-1", days=1, data=None)
+    (directory / "certificate").write_bytes(data)
+    with pytest.raises(ConfigError) as caught:
+        fleet.devices()
+    assert str(caught.value).startswith(f"{directory / 'certificate'}: ")
+    assert "add the device anew" in str(caught.value)
+
+
+def test_a_device_that_is_being_added_is_not_listed(fleet: FleetDirectory):
+    fresh = fleet.path / "devices" / ".pi-9.new"
+    fresh.mkdir()
+    (fresh / "certificate").write_bytes(b"half")
+    assert fleet.devices() == []
+
+
+def test_a_directory_that_is_no_fleet(tmp_path: Path):
+    with pytest.raises(
+        ConfigError, match=r"covey\.toml does not exist; `covey init` makes a fleet"
+    ):
+        FleetDirectory(tmp_path).add_device("pi-1", days=1, data=None)
+
+
+def test_what_init_wrote_is_what_is_read(fleet: FleetDirectory):
+    assert load_fleet(fleet.path).broker == BrokerConfig(port=1999)
+    assert fleet.broker_url(load_fleet(fleet.path)) == "mqtt://127.0.0.1:1999"
