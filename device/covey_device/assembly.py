@@ -1,16 +1,23 @@
 """From device.toml to a running device: the one place where the parts are put together."""
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from covey_device import config as configuration
 from covey_device.config import DeviceConfig
-from covey_device.keystore import MemoryFile, load_certificate, load_identity
+from covey_device.data.config import CsvData, IdxData, NpyData, NpzData, PythonData
+from covey_device.keystore import (
+    MemoryFile,
+    certificate_end,
+    load_certificate,
+    load_identity,
+)
 from covey_device.service import DeviceService, limits_of, trainer_factory
 from covey_device.session import Policy, Session
-from covey_shared.errors import ConfigError
+from covey_shared.config import unreadable
 from covey_shared.keys import PublicKey, SigningKey
 from covey_shared.messages import DeviceId
 from covey_shared.mqtt import MqttTransport
@@ -55,7 +62,32 @@ def _password(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8").split("\n", 1)[0].strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"[broker].password_file {path} cannot be read: {error}") from error
+        raise unreadable(f"broker.password_file {path}", error) from error
+
+
+def concerns(parts: DeviceParts, now_unix: float) -> list[str]:
+    """What will keep this device out of rounds, as far as can be told without a round. A service
+    starts all the same: data may be mounted later, and a clock without a battery may be wrong."""
+    found = []
+    ends = certificate_end(parts.certificate)
+    if ends < now_unix:
+        day = time.strftime("%Y-%m-%d", time.gmtime(ends))
+        found.append(f"the certificate ended on {day}: make another with `covey device add`")
+    data = parts.config.data
+    files = {
+        NpzData: ("file",),
+        CsvData: ("file",),
+        NpyData: ("features", "labels"),
+        IdxData: ("features", "labels"),
+        PythonData: (),
+    }[type(data)]
+    for key in files:
+        path = parts.base / getattr(data, key)
+        if not path.exists():
+            found.append(
+                f"key `data.{key}`: {path} does not exist: put it there, or correct [data]"
+            )
+    return found
 
 
 def assemble(parts: DeviceParts) -> DeviceService:

@@ -5,7 +5,9 @@ written to a new file, synced and renamed, so that a power cut leaves the old on
 """
 
 import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -69,6 +71,11 @@ def load_certificate(path: Path, ca: bytes, fleet: str, device: str, identity: b
     return envelope
 
 
+def certificate_end(envelope: bytes) -> int:
+    """Until when a certificate lasts, in seconds since 1970."""
+    return wire.decode_as(Certificate, envelope).message.not_after_unix
+
+
 class MemoryFile:
     """The session's memory in one small JSON file. directory: made, mode 0700, if it is not there."""
 
@@ -82,6 +89,28 @@ class MemoryFile:
                 f"cannot make the state directory {directory}: {error.strerror}; check its owner, or "
                 "set `state` to another"
             ) from error
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep it to this process: two with one identity would undo each other's memory.
+
+        Raises ConfigError if another has it, StorageError.
+        """
+        path = self._directory / "lock"
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror}; check its owner") from error
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(
+                    f"another covey-device runs with {self._directory}; stop it first"
+                ) from None
+            yield
+        finally:
+            os.close(fd)
 
     def load(self) -> Memory:
         """What was saved last; nothing yet for a new device. Raises StorageError for a damaged file,

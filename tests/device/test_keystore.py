@@ -254,3 +254,17 @@ def test_a_state_directory_that_cannot_be(tmp_path: Path):
     (tmp_path / "state").write_text("a file")
     with pytest.raises(StorageError, match=r"cannot make the state directory .*: File exists"):
         MemoryFile(tmp_path / "state")
+
+
+def test_a_state_directory_is_one_process_s_own(tmp_path: Path):
+    """Two devices of one identity would each forget what the other did."""
+    file = MemoryFile(tmp_path)
+    with file.held():
+        with (
+            pytest.raises(ConfigError, match=r"another covey-device runs with .*; stop it first"),
+            MemoryFile(tmp_path).held(),
+        ):
+            pass
+        file.save(Memory(1))
+    with MemoryFile(tmp_path).held():
+        assert file.load() == Memory(1)
