@@ -6,8 +6,10 @@ input, and where it picks one that is not positive no gradient passes in either 
 The optimiser's arithmetic is merged into the matrix products that make the gradients. A dense
 layer's gradient is as large as its weight, and every pass over it costs about as much as the
 product itself on a small batch. ONNX's Gemm adds to a matrix and scales it on the way:
-``w - lr * (a @ b)`` becomes ``Gemm(a * lr, b, w, alpha=-1)`` and ``m * v + a @ b`` becomes
+``w - a @ b`` becomes ``Gemm(a, b, w, alpha=-1)`` and ``m * v + a @ b`` becomes
 ``Gemm(a, b, v, beta=m)``. Only the rounding of the results changes.
+
+And a few operators less where each of them takes as long as its work: see `_simplify_view`.
 """
 
 from typing import Any
@@ -40,6 +42,8 @@ def fuse(graph: Any) -> None:
     for node in list(graph.graph.nodes):
         if node.target is aten.t.default and node.args[0].target is aten.t.default:
             node.replace_all_uses_with(node.args[0].args[0])
+        elif node.target in _VIEWS:
+            _simplify_view(node)
     graph.graph.eliminate_dead_code()
     for node in list(graph.graph.nodes):
         if node.target is aten.add.Tensor:
@@ -48,6 +52,26 @@ def fuse(graph: Any) -> None:
             _fuse_descent(graph.graph, node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
+
+
+_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+
+
+def _simplify_view(node: Any) -> None:
+    """Leave the one side that depends on the batch to be inferred, instead of computing it; and
+    let a sum drop its dimensions itself."""
+    source, shape = node.args
+    symbolic = [index for index, side in enumerate(shape) if isinstance(side, torch.fx.Node)]
+    if len(symbolic) == 1 and -1 not in shape:
+        node.args = source, [-1 if isinstance(side, torch.fx.Node) else side for side in shape]
+    elif source.target is aten.sum.dim_IntList and _only_use(source) and len(source.args) == 3:
+        summed, dims, _ = source.args
+        sides = summed.meta["val"].shape
+        dropped = {dim % len(sides) for dim in dims}
+        if [side for dim, side in enumerate(sides) if dim not in dropped] == list(shape):
+            source.args = summed, dims
+            source.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(source)
 
 
 def _fuse_sum(graph: Any, node: Any) -> None:
@@ -71,10 +95,17 @@ def _fuse_sum(graph: Any, node: Any) -> None:
 
 
 def _fuse_descent(graph: Any, node: Any) -> None:
-    """c - (a @ b) * s for a scalar tensor s, which goes to the smaller factor, a."""
+    """c - a @ b, and c - (a @ b) * s for a scalar tensor s, which goes to the smaller factor, a."""
     if node.kwargs or len(node.args) != 2:
         return
     base, step = node.args
+    if _is_product(step) and _same_shape(base, step):
+        with graph.inserting_before(node):
+            fused = graph.call_function(
+                aten.addmm.default, (base, *step.args), {"beta": 1.0, "alpha": -1.0}
+            )
+        _replace(node, fused)
+        return
     if not (isinstance(step, torch.fx.Node) and step.target is aten.mul.Tensor and _only_use(step)):
         return
     product, scale = step.args

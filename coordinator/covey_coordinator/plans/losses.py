@@ -34,21 +34,22 @@ class Loss:
     labels_are_classes: bool
 
 
-def _one_hot(outputs: Tensor, labels: Tensor) -> Tensor:
-    classes = torch.arange(outputs.shape[1])
-    return (labels.unsqueeze(1) == classes).to(torch.float32)
+def _minus_truth(outputs: Tensor, labels: Tensor) -> Tensor:
+    """-1 at each label's class, 0 elsewhere: the sign that both the loss and its gradient want."""
+    chosen = labels.unsqueeze(1) == torch.arange(outputs.shape[1])
+    return torch.where(chosen, -1.0, 0.0)
 
 
 def _cross_entropy(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     log_p = torch.log_softmax(outputs, 1)
-    truth = _one_hot(outputs, labels)
+    minus_truth = _minus_truth(outputs, labels)
     examples = labels.shape[0]
-    return -(log_p * truth).sum() / examples, (torch.exp(log_p) - truth) / examples
+    return (log_p * minus_truth).sum() / examples, (torch.exp(log_p) + minus_truth) / examples
 
 
 def _cross_entropy_mean(outputs: Tensor, labels: Tensor) -> Tensor:
     log_p = torch.log_softmax(outputs, 1)
-    return -(log_p * _one_hot(outputs, labels)).sum() / labels.shape[0]
+    return (log_p * _minus_truth(outputs, labels)).sum() / labels.shape[0]
 
 
 def _check_classes(outputs: Tensor, labels: Tensor) -> None:

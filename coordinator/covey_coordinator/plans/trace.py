@@ -52,14 +52,26 @@ class Sgd:
     weight_decay: float = 0.0
     nesterov: bool = False
 
+    @property
+    def scales_early(self) -> bool:
+        """Whether gradients arrive at `step` already multiplied by the learning rate.
+
+        Everything is linear in the derivative by the model's output, which is smaller than any
+        weight. Momentum, though, must not remember learning rates of the past.
+        """
+        return not self.momentum
+
     def step(
         self, parameter: Tensor, gradient: Tensor, velocity: Tensor | None, lr: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """-> (next parameter, next velocity). velocity: None without momentum."""
+        if velocity is None:
+            updated = parameter - gradient
+            if self.weight_decay:
+                updated = updated - parameter * (lr * self.weight_decay)
+            return updated, None
         if self.weight_decay:
             gradient = gradient + parameter * self.weight_decay
-        if velocity is None:
-            return parameter - gradient * lr, None
         velocity = velocity * self.momentum + gradient
         update = gradient + velocity * self.momentum if self.nesterov else velocity
         return parameter - update * lr, velocity
@@ -150,6 +162,8 @@ class Model:
             output = self._run(program, features, tensors, constants)
             with torch.no_grad():
                 value, by_output = loss.gradient(output, labels)
+                if optimizer.scales_early:
+                    by_output = by_output * lr
             gradients = _backward(output, [tensors[name] for name in self.trainable], by_output)
             results, next_velocities = [value], []
             with torch.no_grad():
