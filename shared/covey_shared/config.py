@@ -102,10 +102,18 @@ def _bounds(kind: inspect.IntType | inspect.FloatType) -> str:
     low, high = kind.ge if kind.ge is not None else kind.gt, kind.le
     above = low is not None and kind.ge is None
     if low is not None and high is not None:
-        return f" above {low:,} and up to {high:,}" if above else f" from {low:,} to {high:,}"
+        return (
+            f" above {_number(low)} and up to {_number(high)}"
+            if above
+            else f" from {_number(low)} to {_number(high)}"
+        )
     if low is not None:
-        return f" above {low:,}" if above else f" of at least {low:,}"
-    return f" of at most {high:,}" if high is not None else ""
+        return f" above {_number(low)}" if above else f" of at least {_number(low)}"
+    return f" of at most {_number(high)}" if high is not None else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def _choice(values: Any) -> str:
