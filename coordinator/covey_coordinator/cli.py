@@ -213,7 +213,7 @@ def run_until_stopped(serve: Callable[[asyncio.Event], Any]) -> None:
 @click.option(
     "--batches", type=click.IntRange(1), help="Batches per device and round.  [default: 10]"
 )
-@click.option("--batch-size", type=click.IntRange(1), help="[default: 32]")
+@click.option("--batch-size", type=click.IntRange(1), help="Examples in a batch.  [default: 32]")
 @click.option("--lr", type=float, help="The plan's learning rate, if not its default.")
 @click.option(
     "--test",
