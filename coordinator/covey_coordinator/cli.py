@@ -21,15 +21,20 @@ MAX_SHOWN = 20
 
 class Commands(click.Group):
     """`covey`'s commands, and those that other packages add through the entry-point group
-    `covey.commands` (the demo does). Errors of ours end in one line, never in a traceback."""
+    `covey.commands` (the demo does); both that and the compiler are loaded when they are asked for.
+    Errors end in one line, never in a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Built in and added, by name."""
         added = {point.name for point in entry_points(group="covey.commands")}
-        return sorted(added | set(super().list_commands(ctx)))
+        return sorted(added | {"plan"} | set(super().list_commands(ctx)))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Built in, or loaded now."""
+        if cmd_name == "plan":
+            from covey_coordinator.plans.command import plan
+
+            return plan
         command = super().get_command(ctx, cmd_name)
         if command is None:
             for point in entry_points(group="covey.commands", name=cmd_name):
@@ -66,7 +71,7 @@ fleet_option = click.option(
 )
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("covey", cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="covey")
 def main() -> None:
     """Federated learning for fleets of Raspberry Pis, with secure aggregation.
@@ -288,15 +293,3 @@ def _names(names: list[str]) -> str:
     """The first of them, and how many more there are."""
     more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
     return ", ".join(names[:MAX_SHOWN]) + more
-
-
-def _add_plan_commands() -> None:
-    from covey_coordinator.plans.command import plan
-
-    main.add_command(plan)
-
-
-_add_plan_commands()
-
-if __name__ == "__main__":
-    main()

@@ -27,7 +27,8 @@ def follow(directory: RunDirectory, up: Callable[[], bool], console: Console | N
         TimeElapsedColumn(),
     )
     try:
-        with Progress(*columns, console=console, transient=True) as bar:
+        hidden = not console.is_terminal
+        with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
             task = bar.add_task("queued", total=None, round="-")
             while True:
                 state = directory.state()

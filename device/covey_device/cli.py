@@ -47,7 +47,7 @@ class Commands(click.Group):
         raise click.exceptions.Exit(1)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("covey-device", cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="covey-device")
 def main() -> None:
     """A device of a fleet: trains on its own data, and lets only sums be learned."""
