@@ -29,7 +29,7 @@ from covey_fleet.fleet import Fleet, FleetEvent, FleetSettings
 from covey_shared.messages import DeviceId
 
 DEADLINES = DeadlinesConfig(
-    gather_s=1.5,
+    gather_s=1.0,
     share_s=20.0,
     collect_s=20.0,
     unmask_s=20.0,

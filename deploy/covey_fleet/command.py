@@ -5,6 +5,7 @@ Slow imports stay inside the function: `covey --help` loads this module too.
 
 import asyncio
 import signal
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from covey_fleet.demo import DemoOptions, Outcome
 
 INTERRUPTED = 130
+PROSE_COLUMNS = 100
 
 
 def _split(ctx: click.Context, param: click.Parameter, value: str) -> Any:
@@ -40,6 +42,13 @@ def _broker(ctx: click.Context, param: click.Parameter, value: str) -> Any:
         ) from None
 
 
+def _share(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    # Range checks let a NaN through.
+    if not 0 <= value <= 1:
+        raise click.BadParameter("a number from 0 to 1", ctx, param)
+    return value
+
+
 @click.command()
 @click.option("--devices", type=click.IntRange(3, 128), default=10, show_default=True)
 @click.option(
@@ -48,6 +57,7 @@ def _broker(ctx: click.Context, param: click.Parameter, value: str) -> Any:
 @click.option(
     "--dropout",
     type=click.FloatRange(0, 1),
+    callback=_share,
     default=0.15,
     show_default=True,
     help="The share of the devices that vanish in each round, at random moments.",
@@ -106,11 +116,10 @@ def demo(**options: Any) -> None:
         click.echo("covey demo: stopped; nothing is left running, no report was written", err=True)
         ctx.exit(INTERRUPTED)
     for paragraph in outcome.text:
-        console.print()
-        console.print(paragraph, highlight=False, markup=False)
-    console.print()
+        click.echo("\n" + textwrap.fill(paragraph, min(console.width, PROSE_COLUMNS)))
+    click.echo()
     for path in outcome.files:
-        console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+        click.echo(path)
     summary = outcome.summary
     if summary.sum_mismatches or not summary.rounds_completed:
         ctx.exit(1)
