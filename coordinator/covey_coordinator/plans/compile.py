@@ -18,7 +18,7 @@ import torch
 
 from covey_coordinator.plans import diagnose, lower, verify
 from covey_coordinator.plans.bundle import PlanBundle
-from covey_coordinator.plans.dropout import without_dropout
+from covey_coordinator.plans.dropout import refuse_recurrent_dropout, without_dropout
 from covey_coordinator.plans.losses import LOSSES, Loss, LossName
 from covey_coordinator.plans.trace import Model, Sgd, momentum_of, own_copy, tracing
 from covey_shared.errors import CompileError
@@ -233,6 +233,7 @@ def _check_module(module: Any, features: Tensor, labels: Tensor, loss: Loss) -> 
             "the model has no parameter that can be trained; check requires_grad, and that layers "
             "are attributes of their module"
         )
+    refuse_recurrent_dropout(module)
     module.train()
     try:
         with tracing(), torch.no_grad():

@@ -1,7 +1,7 @@
 """A module's twin that drops nothing, so that training it can be compared number by number.
 
 onnxruntime draws other random numbers than torch. Everything but the draw is the same in the twin:
-dropout layers, the functional forms, and the dropout inside attention and recurrent layers.
+dropout layers, the functional forms, and the dropout inside attention.
 """
 
 import copy
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+
+from covey_shared.errors import CompileError
 
 _DROPOUTS = (
     F.dropout,
@@ -47,12 +49,23 @@ class _NoDropout(TorchFunctionMode):  # type: ignore[misc]
         return func(*args, **kwargs)
 
 
+def refuse_recurrent_dropout(module: Any) -> None:
+    """Raise CompileError for dropout between the layers of an RNN, GRU or LSTM.
+
+    torch 2.13 leaves it out when it takes these layers apart (the condition on the layer's number
+    is the wrong way round), and a plan would train without it.
+    """
+    for path, part in module.named_modules():
+        if isinstance(part, torch.nn.RNNBase) and part.dropout and part.num_layers > 1:
+            raise CompileError(
+                f"module {path!r} ({type(part).__name__}): torch's export leaves out the dropout "
+                "between its layers; use several modules of one layer with nn.Dropout between them"
+            )
+
+
 def without_dropout(module: Any) -> Any:
     """A copy of the module that drops nothing in training."""
     twin = copy.deepcopy(module)
-    for part in twin.modules():
-        if isinstance(part, torch.nn.RNNBase):
-            part.dropout = 0.0
     kind = type(twin)
 
     @functools.wraps(kind.forward)  # torch.export reads the signature
