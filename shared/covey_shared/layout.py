@@ -95,7 +95,9 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return flat
 
 
-def layout_of(tensors: Mapping[str, tuple[tuple[int, ...], Literal["parameter", "buffer"]]]) -> Layout:
+def layout_of(
+    tensors: Mapping[str, tuple[tuple[int, ...], Literal["parameter", "buffer"]]],
+) -> Layout:
     """Lay named (shape, role) pairs back to back, in their order."""
     slots: list[Slot] = []
     end = 0

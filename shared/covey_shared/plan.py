@@ -43,9 +43,7 @@ DType = Literal["float32", "int64", "uint8"]
 GraphName = Literal["train", "eval", "infer"]
 
 
-class TensorSpec(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
-):
+class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One tensor. For features and labels, shape is one example's: without the batch dimension."""
 
     name: Name
@@ -53,9 +51,7 @@ class TensorSpec(
     shape: tuple[Annotated[int, Meta(ge=1)], ...]
 
 
-class Hyperparameter(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
-):
+class Hyperparameter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A float32 scalar input of the training step that a round can set."""
 
     name: Name
