@@ -85,6 +85,8 @@ def test_ten_thousand_messages_of_garbage(
                 assert played.outcomes == []  # the first round is under way
                 await publish_all(transport, garbage(), window=64)
                 state = await playing
+                # Words that mean nothing say nothing about who is there.
+                assert fleet.registry.present == set(fleet.devices)
         assert [o.reason for o in played.outcomes] == ["", "", ""]
         assert (state.rounds_completed, state.rounds_abandoned) == (3, 0)
         assert fleet.sums_checked == 3
