@@ -6,15 +6,22 @@ writes a slot's view writes the flat vector.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from covey_shared.errors import LocalProtocolError, MalformedError
 
 Flat = NDArray[np.float32]
+
+# Headers come over the network: names go to logs and terminals, and products of sides must stay
+# numbers that can be printed.
+Name = Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^\\x00-\\x1f\\x7f-\\x9f]+\\Z")]
+Side = Annotated[int, Meta(ge=1, le=1 << 32)]
+Shape = Annotated[tuple[Side, ...], Meta(max_length=8)]
 
 
 class Slot(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -24,9 +31,9 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     state that the forward pass updates and the fleet averages (BatchNorm's running statistics).
     """
 
-    name: str
-    shape: tuple[int, ...]
-    offset: int
+    name: Name
+    shape: Shape
+    offset: Annotated[int, Meta(ge=0, le=1 << 40)]
     role: Literal["parameter", "buffer"]
 
     @property

@@ -23,22 +23,23 @@ Compiling lives in `covey_coordinator.plans`, running in `covey_shared.runtime`.
 """
 
 import hashlib
+import math
 from typing import Annotated, Literal, NewType
 
 import msgspec
 from msgspec import Meta
 
 from covey_shared.errors import MalformedError
-from covey_shared.layout import Layout
+from covey_shared.layout import Layout, Name, Shape
 
 FORMAT = 1
 MAX_HEADER_BYTES = 1 << 20
 MAX_GRAPH_BYTES = 64 << 20
 MAX_PARAMETERS = 1 << 28
+MAX_STATE = 2 * MAX_PARAMETERS  # as many as Adam keeps
 
 PlanHash = NewType("PlanHash", bytes)
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-Name = Annotated[str, Meta(min_length=1, max_length=200)]
 DType = Literal["float32", "int64", "uint8"]
 GraphName = Literal["train", "eval", "infer"]
 
@@ -48,7 +49,7 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     name: Name
     dtype: DType
-    shape: tuple[Annotated[int, Meta(ge=1)], ...]
+    shape: Shape
 
 
 class Hyperparameter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -118,6 +119,16 @@ def decode_header(data: bytes) -> PlanHeader:
     header.layout.check()
     if not 0 < header.n_params <= MAX_PARAMETERS:
         raise MalformedError(f"plan has {header.n_params} parameters; 1 to {MAX_PARAMETERS}")
+    state = sum(math.prod(spec.shape) for spec in header.state)
+    if state > MAX_STATE:
+        raise MalformedError(f"plan has {state} numbers of state; at most {MAX_STATE}")
+    for what, names in (
+        ("state tensor", [spec.name for spec in header.state]),
+        ("hyper-parameter", [hyper.name for hyper in header.hyperparameters]),
+        ("metric", list(header.metrics)),
+    ):
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise MalformedError(f"plan header names {what} {repeated[0]!r} twice")
     if encode_header(header) != data:
         raise MalformedError("plan header is not in canonical form")
     return header
