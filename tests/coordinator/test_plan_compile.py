@@ -495,6 +495,7 @@ x, y = four()
         (x, y, {"momentum": 1.0}, "momentum must be below 1"),
         (x, y, {"lr": float("nan")}, "lr must be a number"),
         (x, y, {"nesterov": True}, "nesterov needs a momentum"),
+        (x, y, {"name": "two\nlines"}, r"would not be accepted.*\$\.name"),
     ],
 )
 def test_samples_and_options_are_checked(features, labels, options, message):

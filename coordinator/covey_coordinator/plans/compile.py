@@ -21,7 +21,7 @@ from covey_coordinator.plans.bundle import PlanBundle
 from covey_coordinator.plans.dropout import refuse_recurrent_dropout, without_dropout
 from covey_coordinator.plans.losses import LOSSES, Loss, LossName
 from covey_coordinator.plans.trace import Model, Sgd, momentum_of, own_copy, tracing
-from covey_shared.errors import CompileError
+from covey_shared.errors import CompileError, MalformedError
 from covey_shared.layout import layout_of
 from covey_shared.plan import (
     FORMAT,
@@ -33,6 +33,7 @@ from covey_shared.plan import (
     Hyperparameter,
     PlanHeader,
     TensorSpec,
+    decode_header,
     encode_header,
 )
 
@@ -163,6 +164,11 @@ def _compile(
             "onnxscript": onnxscript.__version__,
         },
     )
+    header_bytes = encode_header(header)
+    try:
+        decode_header(header_bytes)
+    except MalformedError as error:
+        raise CompileError(f"the plan would not be accepted: {error}") from error
     verified = graphs["train"]
     if _draws(train):
         twin_model = Model(without_dropout(module), features)
@@ -177,7 +183,7 @@ def _compile(
     report = verify.verify(
         header, {**graphs, "train": verified}, initial, module, features, labels, loss, sgd, lr
     )
-    return CompiledPlan(header, encode_header(header), graphs, initial, report)
+    return CompiledPlan(header, header_bytes, graphs, initial, report)
 
 
 def _optimizer(
