@@ -1,7 +1,7 @@
 """Take out every check of the protocol in turn, and see that a test notices.
 
     python tests/attacks/mutants.py            all of them, a quarter of an hour
-    python tests/attacks/mutants.py rules      those of files whose name has "rules" in it
+    python tests/attacks/mutants.py rules      those with "rules" in the file's name or their own
     python tests/attacks/mutants.py --list     only say what would be done
 
 Not a test itself: `pytest` does not collect this file. It works on a copy of the packages in a
@@ -10,7 +10,8 @@ temporary folder. A mutant is the code with
 * one `raise` replaced by `pass`,
 * one statement that only calls a check (`....check(...)`, `_check_...(...)`, `_refuse_...(...)`) or
   `forget()` replaced by `pass`,
-* one `if ...: return` that drops or reports a message taken out, or
+* one `if ...: return` that drops or reports a message taken out,
+* one side of an `and` or `or` left out, or
 * one comparison of sizes moved by one (`<` for `<=` and so on).
 
 What no test notices is printed, unless SURVIVORS says why it makes no difference.
@@ -117,6 +118,11 @@ def mutants_of(path: str, root: Path = ROOT) -> Iterator[Mutant]:
             case ast.If(test=test, body=[ast.Return()], orelse=[]):
                 condition = ast.get_source_segment(source, test) or ""
                 yield mutant(test, function, f"if {condition}: return", "False")
+            case ast.BoolOp(op=op, values=sides):
+                neutral = "False" if isinstance(op, ast.Or) else "True"
+                for side in sides:
+                    left_out = ast.get_source_segment(source, side) or ""
+                    yield mutant(side, function, f"without {left_out}", neutral)
             case ast.Compare(ops=[op], comparators=[right]) if type(op) in SHIFTED:
                 left = ast.get_source_segment(source, node.left)
                 other = ast.get_source_segment(source, right)
@@ -161,8 +167,8 @@ def main(arguments: list[str]) -> int:
     mutants = [
         mutant
         for path in TARGETS
-        if not wanted or any(word in path for word in wanted)
         for mutant in mutants_of(path)
+        if not wanted or any(word in " ".join(mutant.key) for word in wanted)
     ]
     if "--list" in arguments:
         for mutant in mutants:

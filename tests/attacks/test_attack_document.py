@@ -1,6 +1,7 @@
 """docs/attacks.md names tests; they are there, and all attacks are named in it."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ DOCUMENT = (ROOT / "docs" / "attacks.md").read_text()
 NAMED = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", DOCUMENT)
 
 
+@functools.cache
 def names_in(path):
     """Test functions and classes at the top of a file."""
     tree = ast.parse((ROOT / path).read_text())

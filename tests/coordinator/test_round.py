@@ -17,7 +17,9 @@ from covey_shared.errors import (
     SignatureError,
 )
 from covey_shared.messages import CheckIn, Decline
+from covey_shared.secagg.aggregator import Aggregator
 from lab import NOW_UNIX, RUN, Lab
+from mallory import lie
 
 WANTED = {
     "CheckIn": Phase.GATHER,
@@ -781,3 +783,41 @@ def test_the_call_is_retained(lab):
     assert publish.retain
     assert publish.message.message == lab.call()
     assert moved == coordinator.Moved(Phase.GATHER, "4 devices present")
+
+
+def test_a_goal_below_the_minimum_is_no_reason_to_stop_early(lab):
+    # Without over-selection everyone is waited for, whatever the goal says.
+    play = lab.round(lab.spec(call=lab.call(n_min=4), goal=2))
+    kept = held(play, "MaskedUpdate")
+    for name in lab.names[:3]:
+        hand(play, name, kept[name])
+    assert play.machine.phase is Phase.COLLECT
+    hand(play, lab.names[3], kept[lab.names[3]])
+    play.drain()
+    assert play.completed.survivors == tuple(lab.names)
+
+
+def test_a_liar_is_looked_for_twice_and_not_at_every_message(monkeypatch):
+    # At the first quorum of reveals, and when everyone who is there has revealed.
+    lab = Lab(7)
+    play = lab.round()
+    votes = held(play, "ViewVote")
+    lie(lab, lab.names[0])
+    reveals = {}
+    play.intercept = lambda mail: (
+        reveals.update({mail.sender: mail.envelope}) or () if mail.kind == "Reveal" else (mail,)
+    )
+    for name in lab.names:
+        hand(play, name, votes[name])
+    play.drain()
+    tried = []
+    finish = Aggregator.finish
+    monkeypatch.setattr(
+        Aggregator, "finish", lambda self: tried.append(self.n_reveals) or finish(self)
+    )
+    for name in lab.names:
+        play.pass_time(0.1)
+        hand(play, name, reveals[name])
+    assert tried == [5, 7]
+    assert [fault.device for fault in play.faults] == [lab.names[0]]
+    assert play.mismatches() == 0

@@ -356,6 +356,15 @@ def test_other_bytes_for_what_was_answered_are_dropped(lab, until, other):
         assert state(lab.sessions[name]) == before
 
 
+def test_other_boxes_after_the_view_are_dropped(lab):
+    mallory = played(lab, until="propose")
+    name = lab.names[0]
+    before = state(lab.sessions[name])
+    with pytest.raises(device.OutOfOrderError):
+        mallory.tell(name, mallory.delivery(name, mallory.u2 - {3}))
+    assert state(lab.sessions[name]) == before
+
+
 def test_a_second_delivery_ends_the_round(lab):
     mallory = played(lab, until="deliver")
     name = lab.names[0]
@@ -617,6 +626,8 @@ def test_a_device_too_slow_for_the_view_stops_training_and_votes(lab):
     mallory = training(lab, name).deliver().collect()
     actions = mallory.tell(name, mallory.proposal())
     assert kinds(actions) == [ViewVote, device.StopTraining]
+    participant = lab.sessions[name]._round.participant
+    assert participant._s == participant._b == b""
     assert lab.sessions[name].trained(1, *lab.update(name, 1)) == []
     assert lab.sessions[name].training_failed(1, "stopped") == []
     assert name not in mallory.payloads
