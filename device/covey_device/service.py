@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import TypeVar
@@ -165,9 +165,14 @@ class DeviceService:
             except Exception:
                 log.exception("%s: a task failed; the service goes on", self.device)
 
+        def done(task: asyncio.Task[None]) -> None:
+            group.discard(task)
+            if isinstance(work, Coroutine):
+                work.close()  # it never ran, if the task was cancelled before its first step
+
         task = asyncio.ensure_future(guarded())
         group.add(task)
-        task.add_done_callback(group.discard)
+        task.add_done_callback(done)
 
     # -- the network ------------------------------------------------------------------------------
 

@@ -1,0 +1,62 @@
+"""Ending a device service leaves nothing half begun."""
+
+import asyncio
+import gc
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from covey_device.service import DeviceService
+from covey_device.trainer import Work
+from covey_shared.transport import Incoming
+from lab import FLEET, Lab
+
+
+class Silent:
+    """A transport that is connected at once and never gets a publish through."""
+
+    async def start(
+        self,
+        on_message: Callable[[Incoming], None],
+        on_connected: Callable[[], Awaitable[None]],
+        on_disconnected: Callable[[str], None],
+    ) -> None:
+        await on_connected()
+
+    async def subscribe(self, *topic_filters: str) -> None:
+        pass
+
+    async def unsubscribe(self, *topic_filters: str) -> None:
+        pass
+
+    async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async def stop(self, *, graceful: bool = True) -> None:
+        pass
+
+
+@pytest.mark.filterwarnings("error")  # a coroutine that was never awaited is a warning
+def test_a_service_that_ends_before_its_first_word() -> None:
+    lab = Lab(3)
+    name = lab.names[0]
+    trainer: Any = None
+
+    async def scenario() -> None:
+        service = DeviceService(
+            lab.sessions[name],
+            lab.identities[name],
+            FLEET,
+            Silent(),
+            None,
+            trainer,
+            limits=Work(1, 1, 1.0, 10**9),
+            rng=os.urandom,
+        )
+        await service.start()
+        await service.close(graceful=False)
+
+    asyncio.run(scenario())
+    gc.collect()
