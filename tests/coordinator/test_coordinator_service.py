@@ -131,8 +131,8 @@ def test_a_network_that_loses_doubles_and_delays(tmp_path: Path):
     async def scenario() -> None:
         async with Fleet(tmp_path) as fleet:
             fleet.network.tamper = tamper
-            state = await fleet.play(fleet.run(config(rounds=3)))
-            assert state.rounds_completed == 3, fleet.outcomes
+            state = await fleet.play(fleet.run(config(rounds=2, deadlines=short(resend_s=0.2))))
+            assert state.rounds_completed == 2, fleet.outcomes
 
     go(scenario())
 
@@ -171,8 +171,8 @@ def test_an_upload_that_is_not_what_was_announced(tmp_path: Path, always: bool):
 
     async def scenario() -> None:
         async with Fleet(tmp_path, network=Network(tamper)) as fleet:
-            deadlines = {"deadlines": SHORT} if not always else {"deadlines": short(collect_s=3.0)}
-            state = await fleet.play(fleet.run(config(rounds=1, **deadlines)))
+            deadlines = short(collect_s=2.0, resend_s=0.2) if always else SHORT
+            state = await fleet.play(fleet.run(config(rounds=1, deadlines=deadlines)))
             assert state.rounds_completed == 1
             completed = fleet.outcomes[0].completed
             assert completed is not None
@@ -497,7 +497,7 @@ def test_a_model_whose_uploads_began_is_called_again_under_a_higher_revision(tmp
 
         async with Fleet(tmp_path, network=Network(tamper)) as fleet:
             fleet.on_event = count
-            state = await fleet.play(fleet.run(config(rounds=4, deadlines=short(unmask_s=0.5))))
+            state = await fleet.play(fleet.run(config(rounds=4, deadlines=short(unmask_s=0.4))))
             assert (state.rounds_abandoned, state.rounds_completed) == (2, 2)
             assert [o.after_uploads for o in fleet.outcomes[:2]] == [True, True]
             made = calls(fleet)

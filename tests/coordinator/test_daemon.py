@@ -171,6 +171,24 @@ def test_a_run_that_was_interrupted_goes_on(bench: Bench):
     go(scenario())
 
 
+def test_a_run_that_is_stopped_between_two_rounds_goes_on_too(bench: Bench):
+    async def scenario() -> None:
+        run, stop = bench.queue("one", rounds=2), asyncio.Event()
+
+        def say(line: str) -> None:
+            bench.said.append(line)
+            if "round   1 " in line:
+                stop.set()
+
+        async with bench.devices():
+            await Daemon(bench.fleet, say).serve(stop)
+            assert run.state().status == "running"
+            await bench.up(lambda: bench.heard("run one completed"))
+        assert [line["index"] for line in run.read_metrics()] == [1, 2]
+
+    go(scenario())
+
+
 def test_a_run_that_cannot_be_played_fails_and_the_next_one_is_played(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -215,6 +215,23 @@ def test_another_process_takes_it_up(tmp_path: Path):
     assert again.spec("farm", 99).call.model == run.model_digest
 
 
+def test_what_a_crash_left_undone_is_done_when_it_is_taken_up(tmp_path: Path):
+    """The state was saved, and the power went before anything else was."""
+    run = make(tmp_path)
+    run.begin()
+    run.spec("farm", 1)
+    run.absorb(outcome(run, completed(1, 1, 1)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.directory, "settle", lambda state: None)
+        run.save()
+    assert run.directory.read_metrics() == []
+    again = make(tmp_path)
+    assert (again.parameters == run.parameters).all()
+    again.begin()
+    play(again, completed(1, 1, 1))
+    assert [line["index"] for line in again.directory.read_metrics()] == [1, 2]
+
+
 def test_how_it_ends(tmp_path: Path):
     run = make(tmp_path, config(rounds=2))
     run.begin()
