@@ -172,7 +172,7 @@ main()
 
 def test_a_device_process_peaks_at_120_mb_over_whole_rounds(cnn_plan, tmp_path):
     """Download, training, masks, shares, upload and committee duties, in the real service."""
-    covey = [sys.executable, "-m", "covey_coordinator.cli"]
+    covey = [sys.executable, "-c", "from covey_coordinator.cli import main; main()"]
     fleet = tmp_path / "fleet"
     port = str(free_port())
     rng = np.random.default_rng(0)
