@@ -67,6 +67,10 @@ vectors: setup ## write covey's own known-answer vectors anew (a change here cha
 docs: setup ## the generated parts of docs/protocol.md
 	@$(BIN)/python docs/generate.py
 
+.PHONY: picture
+picture: setup ## docs/images/demo.png, drawn from a real run of the demo
+	@$(BIN)/python docs/images/demo.py
+
 .PHONY: benchmarks
 benchmarks: setup ## the benchmarks, with their bounds
 	@$(BIN)/python benchmarks/plan_step.py

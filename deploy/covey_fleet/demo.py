@@ -209,9 +209,9 @@ def _opening(
 ) -> str:
     where = "each in a process of its own" if options.processes else "in one process"
     return (
-        f"{options.devices} devices ({where}) on {fleet.broker_name}; {train.n:,} digits spread "
-        f"{options.split}, {test.n} held out; {options.model} with {bundle.header.n_params:,} "
-        f"parameters; secure aggregation on"
+        f"{options.devices} devices, {where}, on {fleet.broker_name}; secure aggregation always on\n"
+        f"{options.model} with {bundle.header.n_params:,} parameters; {train.n:,} digits spread "
+        f"{options.split}, {test.n} held out"
     )
 
 
@@ -226,9 +226,11 @@ def logging_to(path: Path | None) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING if path is None else logging.INFO)
+    logging.captureWarnings(True)
     try:
         yield
     finally:
+        logging.captureWarnings(False)
         root.handlers[:] = old_handlers
         root.setLevel(old_level)
         handler.close()

@@ -3,6 +3,7 @@
 Every number is one of this run's; nothing is said that the run did not show.
 """
 
+import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -171,15 +172,21 @@ def write(directory: Path, summary: Summary, run: RunDirectory, plot: bytes) -> 
 
 def draw(lines: Sequence[dict[str, Any]], summary: Summary) -> bytes:
     """Accuracy by round as a PNG."""
-    import io
-
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    plot_on(figure.add_subplot(), lines, summary)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
+
+
+def plot_on(axes: Any, lines: Sequence[dict[str, Any]], summary: Summary) -> None:
+    """Accuracy by round, on matplotlib's axes. lines: of metrics.jsonl."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
     done = [line for line in lines if line["outcome"] == "completed"]
     lost = [line["index"] for line in lines if line["outcome"] != "completed"]
     axes.plot(
@@ -212,6 +219,3 @@ def draw(lines: Sequence[dict[str, Any]], summary: Summary) -> bytes:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right", fontsize=9)
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    return image.getvalue()

@@ -108,7 +108,7 @@ class View:
     def _lost(self, round_id: int) -> str:
         mine = [v for v in self._vanished if v.round <= round_id]
         self._vanished = [v for v in self._vanished if v.round > round_id]
-        named = [f"{v.device} vanished {v.moment.value}" for v in mine[:_MAX_NAMED]]
+        named = [f"{v.device} {v.moment.value}" for v in mine[:_MAX_NAMED]]
         if len(mine) > _MAX_NAMED:
-            named.append(f"{len(mine) - _MAX_NAMED} more vanished")
-        return ", ".join(named)
+            named.append(f"{len(mine) - _MAX_NAMED} more")
+        return f"lost {', '.join(named)}" if named else ""

@@ -59,12 +59,11 @@ def shown(*, terminal: bool, width: int = 120) -> str:
 def test_elsewhere_than_on_a_terminal_there_are_whole_lines_and_nothing_else() -> None:
     assert shown(terminal=False, width=40).splitlines() == [
         "hello [bold]there",
-        "round  1/12  sum of  2 devices   87.6% right   1.2 s  pi-1 vanished in mid-upload",
+        "round  1/12  sum of  2 devices   87.6% right   1.2 s  lost pi-1 in mid-upload",
         "round  2/12  abandoned: 2 updates arrived; at least 3 are needed   1.2 s  "
-        "pi-2 vanished before its reveal",
+        "lost pi-2 before its reveal",
         "round  3/12  sum of  2 devices   90.0% right   1.2 s  "
-        "pi-1 vanished after its upload, pi-1 vanished after its upload, "
-        "pi-1 vanished after its upload, 2 more vanished",
+        "lost pi-1 after its upload, pi-1 after its upload, pi-1 after its upload, 2 more",
     ]
 
 
