@@ -132,20 +132,7 @@ async def _play(
     options: DemoOptions, console: Console, directory: Path, log_file: Path | None, started: float
 ) -> Outcome:
     bundle = load_bundle(PLANS / options.model)
-    rng = np.random.default_rng(options.seed)
-    train, test = digits.hold_out(digits.load(), rng)
-    rows = digits.spread(train.labels, options.devices, options.split, rng)
-    settings = FleetSettings(
-        parts=[train.take(part) for part in rows],
-        broker=options.broker,
-        seed=options.seed,
-        dropout=options.dropout,
-        processes=options.processes,
-        log_file=log_file,
-    )
     config = run_config(options)
-    run_directory = RunDirectory.create(directory / "run", b"", os.urandom(16))
-    run = Run(run_directory, config, bundle, held_out=HeldOut(test.features, test.labels))
     sizes: list[int] = []
     with View(console, config.rounds, options.devices) as view:
 
@@ -154,6 +141,19 @@ async def _play(
                 sizes.append(len(event.completed.survivors))
             view.observe(event)
 
+        rng = np.random.default_rng(options.seed)
+        train, test = digits.hold_out(digits.load(), rng)
+        rows = digits.spread(train.labels, options.devices, options.split, rng)
+        settings = FleetSettings(
+            parts=[train.take(part) for part in rows],
+            broker=options.broker,
+            seed=options.seed,
+            dropout=options.dropout,
+            processes=options.processes,
+            log_file=log_file,
+        )
+        run_directory = RunDirectory.create(directory / "run", b"", os.urandom(16))
+        run = Run(run_directory, config, bundle, held_out=HeldOut(test.features, test.labels))
         async with Fleet(directory, settings, observe) as fleet:
             view.say(_opening(options, fleet, bundle, train, test))
             playing = time.monotonic()

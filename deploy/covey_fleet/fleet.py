@@ -34,7 +34,7 @@ from covey_fleet.faults import FaultPlan, Vanished
 from covey_fleet.seats import LocalSeat, ProcessSeat, Seat, start_fork_server
 from covey_fleet.witness import Witness
 from covey_shared import wire
-from covey_shared.errors import TransportError
+from covey_shared.errors import LocalProtocolError, TransportError
 from covey_shared.keys import SigningKey
 from covey_shared.messages import Certificate, DeviceId
 from covey_shared.mqtt import BrokerUrl, MqttTransport, parse_broker_url
@@ -279,7 +279,7 @@ class Fleet:
         """All rounds of a run; every sum is held against the devices' plaintext. Raises what made
         going on impossible."""
         if self._failure is None:
-            raise RuntimeError("play a fleet that was started")
+            raise LocalProtocolError("a fleet is started before it plays")
         playing = asyncio.create_task(self.coordinator.play(run, on_sum=self._on_sum))
         try:
             waited: set[asyncio.Future[Any]] = {playing, self._failure}
@@ -319,6 +319,8 @@ class Fleet:
         try:
             async with asyncio.timeout(timeout_s):
                 while not true():
+                    if self._failure is not None and self._failure.done():
+                        self._failure.result()
                     await asyncio.sleep(0.02)
         except TimeoutError:
             raise TransportError(

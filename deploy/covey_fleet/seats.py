@@ -18,7 +18,7 @@ from typing import Protocol
 from covey_fleet import worker
 from covey_fleet.device import DeviceSpec, Life, Traffic
 from covey_fleet.faults import Vanished
-from covey_shared.errors import TransportError
+from covey_shared.errors import LocalProtocolError
 
 log = logging.getLogger("covey.fleet")
 
@@ -251,10 +251,17 @@ class ProcessSeat:
         self._failed_starts += 1
         if self._failed_starts >= MAX_FAILED_STARTS:
             self._on_failure(
-                TransportError(
-                    f"the process of {self.spec.device} does not start (exit status {code}); "
-                    f"{self._log_file} says why"
+                LocalProtocolError(
+                    f"the process of {self.spec.device} does not start (exit status {code}); its "
+                    f"last words: {_last_line(self._log_file)}"
                 )
             )
         else:
             self._restart = loop.call_later(RESTART_S, self._launch)
+
+
+def _last_line(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()[-1]
+    except (OSError, IndexError):
+        return "none"

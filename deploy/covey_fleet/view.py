@@ -35,17 +35,17 @@ class View:
         self._vanished: list[Vanished] = []
         self._accuracy: float | None = None
         self._bar = Progress(
-            TextColumn("  {task.description:<34}"),
+            TextColumn("  {task.description:<24}"),
             BarColumn(bar_width=28, complete_style="green", finished_style="green"),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]:<16}"),
             TimeElapsedColumn(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
         self._all = self._bar.add_task("rounds", total=rounds, note="")
-        self._phase = self._bar.add_task("", total=devices, note="")
+        self._phase = self._bar.add_task("the fleet starts", total=devices, note="")
 
     def __enter__(self) -> "View":
         self._bar.start()
@@ -73,9 +73,7 @@ class View:
             case Vanished():
                 self._vanished.append(event)
             case Moved(phase, _) if phase in _DOING:
-                self._bar.reset(
-                    self._phase, description=_DOING[phase], total=self._devices, note=""
-                )
+                self._bar.reset(self._phase, description=_DOING[phase], total=self._devices)
 
     def _progress(self, progress: RoundProgress) -> None:
         doing = _DOING.get(Phase(progress.phase))
