@@ -299,8 +299,29 @@ def test_wrong_evaluation_and_prediction_are_found_too(monkeypatch, graph):
         compile_plan(Net(), *sample(), loss="cross_entropy", name="net")
 
 
+def test_what_onnxruntime_cannot_run_is_refused(monkeypatch):
+    lowered = lower.to_onnx
+
+    def strange(traced):
+        model = lowered(traced)
+        model.graph.node[-1].domain = "com.example"
+        return model
+
+    monkeypatch.setattr(compile.lower, "to_onnx", strange)
+    with pytest.raises(CompileError, match=r"onnxruntime cannot run the plan: train\.onnx"):
+        compile_plan(nn.Linear(4, 3), *four(), loss="cross_entropy", name="net")
+
+
 def test_a_diverging_learning_rate_is_verified_more_gently():
     compile_plan(Net(0.0), *sample(), loss="cross_entropy", lr=1e6, name="net")
+
+
+def test_gradients_that_are_only_rounding_are_no_difference():
+    """A bias in front of batch norm has none; here rounding is magnified 300 times as well."""
+    layers = nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(576, 3)
+    torch.manual_seed(1)
+    x, y = np.zeros((2, 1, 8, 8), np.float32), np.array([0, 2])
+    compile_plan(nn.Sequential(*layers), x, y, loss="cross_entropy", momentum=0.9, name="net")
 
 
 # What cannot be compiled. The line marked `!` is the one that the error must name.

@@ -20,6 +20,7 @@ from covey_coordinator.plans import diagnose, lower, verify
 from covey_coordinator.plans.bundle import PlanBundle
 from covey_coordinator.plans.dropout import refuse_recurrent_dropout, without_dropout
 from covey_coordinator.plans.losses import LOSSES, Loss, LossName
+from covey_coordinator.plans.reference import Problem
 from covey_coordinator.plans.trace import Model, Sgd, momentum_of, own_copy, tracing
 from covey_shared.errors import CompileError, MalformedError
 from covey_shared.layout import layout_of
@@ -180,9 +181,16 @@ def _compile(
             )
         verified = lower.serialise(twin)
         verify.check_randomness(header, graphs["train"], initial, features.numpy(), labels.numpy())
-    report = verify.verify(
-        header, {**graphs, "train": verified}, initial, module, features, labels, loss, sgd, lr
+    problem = Problem(
+        without_dropout(module),
+        features,
+        labels,
+        loss,
+        sgd,
+        lr,
+        tuple(slot.name for slot in layout.slots),
     )
+    report = verify.verify(header, {**graphs, "train": verified}, initial, problem)
     return CompiledPlan(header, header_bytes, graphs, initial, report)
 
 
