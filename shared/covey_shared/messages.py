@@ -104,7 +104,8 @@ class RoundCall(Message, frozen=True):
     """A round gathers. Retained by the broker, so that a device that comes late sees it too.
 
     plan: hash of the plan's header. model: hash of the flat float32 vector. revision: how many
-    rounds on this very model were abandoned before (see `device.session` on contributing once).
+    rounds on this very model came as far as uploads before (see `device.session` on contributing
+    once).
     """
 
     CODE: ClassVar[int] = 2
