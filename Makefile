@@ -61,7 +61,7 @@ plans: setup ## compile the demo's plans anew from their torch models
 
 .PHONY: vectors
 vectors: setup ## write covey's own known-answer vectors anew (a change here changes the wire)
-	@$(BIN)/python tests/vectors/make.py
+	@cd tests && ../$(BIN)/python -m vectors.make
 
 .PHONY: docs
 docs: setup ## the generated parts of docs/protocol.md
