@@ -109,6 +109,11 @@ def init(directory: Path, fleet: str, broker: Any, broker_url: str | None, port:
     made = FleetDirectory.create(directory, fleet, config)
     click.echo(f"fleet {fleet} made in {made.path.absolute()}")
     there = "" if made.path.resolve() == Path.cwd() else f" in {made.path}"
+    if broker == "external":
+        click.echo(
+            "the broker must know the user coordinator, with the password in "
+            f"{made.password_file('coordinator')}"
+        )
     click.echo(f"next{there}: covey device add NAME, then covey up")
 
 
@@ -135,12 +140,18 @@ def device_add(
 
     Copy the printed directory to the device, and start it with `covey-device run`.
     """
+    from covey_coordinator.config import load_fleet
     from covey_coordinator.fleet import FleetDirectory
 
     directory = FleetDirectory(fleet_dir).add_device(
         name, days=days, data=data, broker_url=broker_url
     )
     click.echo(f"device {name} added: {directory}")
+    if load_fleet(fleet_dir).broker.kind == "external":
+        click.echo(
+            f"the broker must know the user {name}, with the password in "
+            f"{directory / 'broker.password'}"
+        )
     if data is None:
         click.echo(f"next: set [data] in {directory / 'device.toml'} to the device's own data")
     click.echo(f"then: covey-device run --config {directory / 'device.toml'}")

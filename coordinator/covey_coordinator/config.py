@@ -23,13 +23,15 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 class BrokerConfig(Config, frozen=True):
     """[broker]. kind "external": url is a broker that somebody else runs; any other kind is started
-    by `covey up` on this machine's loopback. password_file: its first line."""
+    by `covey up` on this machine's loopback. password_file: its first line. ca_file: PEM, the authority
+    of a mqtts:// broker's certificate, if the system does not know it."""
 
     kind: Literal["auto", "embedded", "mosquitto", "external"] = "auto"
     port: Annotated[int, Meta(ge=1, le=65535)] = 1883
     url: str | None = None
     username: str = "coordinator"
     password_file: FileName | None = None
+    ca_file: FileName | None = None
 
 
 class FleetConfig(Config, frozen=True):
@@ -124,11 +126,14 @@ def check_fleet(fleet: FleetConfig, *, file: str) -> None:
         raise ConfigError(
             f'{file}: key `broker.url` goes with `broker.kind = "external"`, and only with it'
         )
+    tls = False
     if broker.url is not None:
         try:
-            parse_broker_url(broker.url)
+            tls = parse_broker_url(broker.url).tls
         except ConfigError as error:
             raise ConfigError(f"{file}: key `broker.url`: {error}") from error
+    if broker.ca_file is not None and not tls:
+        raise ConfigError(f"{file}: key `broker.ca_file` goes with a `broker.url` of mqtts://")
 
 
 def check_run(run: RunConfig, *, file: str) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import ssl
 import zipfile
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -34,6 +35,7 @@ from covey_coordinator.registry import Registry
 from covey_coordinator.run import HeldOut, RoundOutcome, Run
 from covey_coordinator.service import CoordinatorService, Observer
 from covey_coordinator.store import Progress, RoundCounter, RunDirectory
+from covey_shared.config import unreadable
 from covey_shared.errors import ConfigError, CoveyError, DataError
 from covey_shared.messages import DeviceId
 from covey_shared.mqtt import MqttTransport
@@ -94,6 +96,19 @@ async def broker_of(
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
         await kept.broker.stop()
+
+
+def tls_of(fleet: FleetDirectory, config: FleetConfig) -> ssl.SSLContext | None:
+    """Trusts the configured authority, and no other. Raises ConfigError."""
+    if config.broker.ca_file is None:
+        return None
+    path = fleet.path / config.broker.ca_file
+    try:
+        return ssl.create_default_context(cafile=path)
+    except ssl.SSLError as error:
+        raise ConfigError(f"broker.ca_file {path} is no certificate in PEM") from error
+    except OSError as error:
+        raise unreadable(f"broker.ca_file {path}", error) from error
 
 
 class _KeptBroker:
@@ -183,7 +198,11 @@ class Daemon:
             registry = known_devices(fleet)
             async with broker_of(fleet, config) as (url, password, description):
                 transport = MqttTransport(
-                    url, f"covey-{config.fleet}", username=config.broker.username, password=password
+                    url,
+                    f"covey-{config.fleet}",
+                    username=config.broker.username,
+                    password=password,
+                    tls=tls_of(fleet, config),
                 )
                 service = CoordinatorService(
                     fleet.trust,

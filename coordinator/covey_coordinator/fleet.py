@@ -101,7 +101,13 @@ class FleetDirectory:
             raise ConfigError(
                 f"there is a device {name!r} already: {directory}; choose another name, or remove it"
             )
-        ca_key, password = self.ca_key(), self.password(DEVICE_USER)
+        ca_key = self.ca_key()
+        if config.broker.kind == "external":
+            # A broker for a fleet tells devices apart, and confines each to its own topics.
+            user, password = name, secrets.token_urlsafe(24)
+        else:
+            user, password = DEVICE_USER, self.password(DEVICE_USER)
+        authority = self._broker_authority(config)
         identity = keys.SigningKey(os.urandom(32))
         certificate = Certificate(
             fleet=config.fleet,
@@ -117,9 +123,10 @@ class FleetDirectory:
             "state": "state",
             "broker": {
                 "url": url,
-                "username": DEVICE_USER,
+                "username": user,
                 "password_file": "broker.password",
-            },
+            }
+            | ({} if authority is None else {"ca_file": "broker.ca"}),
             "trust": {"fleet_ca": trust.ca.hex(), "coordinator": trust.coordinator.hex()},
             "data": {"kind": "npz", "file": str(data.resolve()) if data else "data.npz"},
         }
@@ -131,6 +138,8 @@ class FleetDirectory:
             write_secret(fresh / "identity.key", identity.seed.hex())
             write_atomic(fresh / "certificate", wire.sign(certificate, ca_key).envelope)
             write_secret(fresh / "broker.password", password)
+            if authority is not None:
+                write_atomic(fresh / "broker.ca", authority)
             write_atomic(fresh / "device.toml", tomli_w.dumps(table).encode())
             fresh.rename(directory)
             sync_directory(directory.parent)
@@ -171,6 +180,16 @@ class FleetDirectory:
     def broker_url(config: FleetConfig) -> str:
         """Where clients on this machine find the broker."""
         return config.broker.url or f"mqtt://127.0.0.1:{config.broker.port}"
+
+    def _broker_authority(self, config: FleetConfig) -> bytes | None:
+        """What devices need to know the broker by. Raises ConfigError."""
+        if config.broker.ca_file is None:
+            return None
+        path = self.path / config.broker.ca_file
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise unreadable(f"broker.ca_file {path}", error) from error
 
     def devices(self) -> list[DeviceEntry]:
         """All devices with a valid certificate here, by name."""

@@ -1,6 +1,7 @@
 """From device.toml to a running device: the one place where the parts are put together."""
 
 import os
+import ssl
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from covey_device.keystore import (
 from covey_device.service import DeviceService, limits_of, trainer_factory
 from covey_device.session import Policy, Session
 from covey_shared.config import unreadable
+from covey_shared.errors import ConfigError
 from covey_shared.keys import PublicKey, SigningKey
 from covey_shared.messages import DeviceId
 from covey_shared.mqtt import MqttTransport
@@ -37,6 +39,7 @@ class DeviceParts:
     certificate: bytes
     memory: MemoryFile
     password: str | None
+    tls: ssl.SSLContext | None
 
 
 def load_device(path: Path) -> DeviceParts:
@@ -54,8 +57,9 @@ def load_device(path: Path) -> DeviceParts:
     password = None
     if config.broker.password_file is not None:
         password = _password(base / config.broker.password_file)
+    tls = None if config.broker.ca_file is None else _tls(base / config.broker.ca_file)
     memory = MemoryFile(base / config.state)
-    return DeviceParts(config, base, trust, identity, certificate, memory, password)
+    return DeviceParts(config, base, trust, identity, certificate, memory, password, tls)
 
 
 def _password(path: Path) -> str:
@@ -63,6 +67,16 @@ def _password(path: Path) -> str:
         return path.read_text(encoding="utf-8").split("\n", 1)[0].strip()
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(f"broker.password_file {path}", error) from error
+
+
+def _tls(ca_file: Path) -> ssl.SSLContext:
+    """Trusts this authority, and no other."""
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except ssl.SSLError as error:
+        raise ConfigError(f"broker.ca_file {ca_file} is no certificate in PEM") from error
+    except OSError as error:
+        raise unreadable(f"broker.ca_file {ca_file}", error) from error
 
 
 def concerns(parts: DeviceParts, now_unix: float) -> list[str]:
@@ -113,6 +127,7 @@ def assemble(parts: DeviceParts) -> DeviceService:
         f"{config.fleet}-{device}",
         username=config.broker.username,
         password=parts.password,
+        tls=parts.tls,
         keepalive_s=config.broker.keepalive_s,
         will=Will(Topics(config.fleet).presence(device), OFFLINE),
     )

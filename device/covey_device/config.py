@@ -14,11 +14,13 @@ from covey_shared.mqtt import parse_broker_url
 
 
 class BrokerConfig(Config, frozen=True):
-    """[broker]: where the fleet meets. password_file: its first line is the password."""
+    """[broker]: where the fleet meets. password_file: its first line is the password. ca_file: PEM, the
+    authority of a mqtts:// broker's certificate, if the system does not know it."""
 
     url: str
     username: str | None = None
     password_file: FileName | None = None
+    ca_file: FileName | None = None
     keepalive_s: Annotated[int, Meta(ge=5, le=3600)] = 60
 
 
@@ -80,4 +82,6 @@ def load(path: Path) -> DeviceConfig:
         raise ConfigError(
             f"{path}: key `broker.username` is missing; `broker.password_file` goes with it"
         )
+    if device.broker.ca_file and not url.tls:
+        raise ConfigError(f"{path}: key `broker.ca_file` goes with a `broker.url` of mqtts://")
     return device

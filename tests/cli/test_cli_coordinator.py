@@ -88,6 +88,17 @@ def test_in_its_own_directory_nothing_needs_to_be_said_twice(covey: Covey, tmp_p
     assert f'file = "{tmp_path}/data.npz"' in (tmp_path / "devices/pi-1/device.toml").read_text()
 
 
+def test_what_an_external_broker_must_know_is_told(covey: Covey):
+    made = covey("init", "farm", "--broker", "external", "--broker-url", "mqtts://broker.lan")
+    assert trimmed(made)[1] == (
+        "the broker must know the user coordinator, with the password in "
+        "farm/broker/coordinator.password"
+    )
+    assert trimmed(covey("device", "add", "pi-1", "--fleet-dir", "farm"))[1] == (
+        "the broker must know the user pi-1, with the password in farm/devices/pi-1/broker.password"
+    )
+
+
 def test_the_environment_names_the_fleet(covey: Covey, monkeypatch: pytest.MonkeyPatch):
     covey("init", "farm")
     monkeypatch.setenv("COVEY_FLEET", "farm")

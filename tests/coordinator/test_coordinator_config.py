@@ -95,6 +95,11 @@ def test_an_unreadable_file_says_why(tmp_path: Path):
     ("broker", "problem"),
     [
         ({"kind": "external"}, 'key `broker.url` goes with `broker.kind = "external"`'),
+        ({"ca_file": "ca"}, "key `broker.ca_file` goes with a `broker.url` of mqtts://"),
+        (
+            {"kind": "external", "url": "mqtt://h", "ca_file": "ca"},
+            "key `broker.ca_file` goes with a `broker.url` of mqtts://",
+        ),
         ({"url": "mqtt://h"}, 'key `broker.url` goes with `broker.kind = "external"`'),
         (
             {"kind": "external", "url": "http://h"},

@@ -12,9 +12,11 @@ import pytest
 
 from covey_coordinator import files
 from covey_coordinator.config import BrokerConfig, load_fleet
+from covey_coordinator.daemon import tls_of
 from covey_coordinator.fleet import DAY_S, DEVICE_USER, FleetDirectory, check_name
 from covey_device.assembly import concerns, load_device
 from covey_shared.errors import ConfigError, StorageError
+from tls_files import make_tls_files
 
 
 @pytest.fixture
@@ -218,3 +220,49 @@ def test_a_directory_that_is_no_fleet(tmp_path: Path):
 def test_what_init_wrote_is_what_is_read(fleet: FleetDirectory):
     assert load_fleet(fleet.path).broker == BrokerConfig(port=1999)
     assert fleet.broker_url(load_fleet(fleet.path)) == "mqtt://127.0.0.1:1999"
+
+
+def external(tmp_path: Path, **settings: Any) -> FleetDirectory:
+    broker = BrokerConfig(kind="external", url="mqtts://broker.lan", **settings)
+    return FleetDirectory.create(tmp_path / "fleet", "farm", broker)
+
+
+def test_at_an_external_broker_each_device_is_itself(tmp_path: Path):
+    """Else the broker could not confine it to its own topics, as deploy/mosquitto does."""
+    fleet = external(tmp_path)
+    parts = [
+        load_device(fleet.add_device(name, days=1, data=None) / "device.toml")
+        for name in ("pi-1", "pi-2")
+    ]
+    assert [p.config.broker.username for p in parts] == ["pi-1", "pi-2"]
+    assert parts[0].password != parts[1].password
+    assert fleet.password(DEVICE_USER) not in {p.password for p in parts}
+    assert parts[0].tls is None
+
+
+def test_the_broker_s_authority_is_handed_to_devices(tmp_path: Path):
+    fleet = external(tmp_path, ca_file="authority.pem")
+    with pytest.raises(
+        ConfigError, match=r"broker\.ca_file .*authority\.pem cannot be read: No such"
+    ):
+        fleet.add_device("pi-1", days=1, data=None)
+    with pytest.raises(
+        ConfigError, match=r"broker\.ca_file .*authority\.pem cannot be read: No such"
+    ):
+        tls_of(fleet, load_fleet(fleet.path))
+    (fleet.path / "authority.pem").write_bytes(make_tls_files(tmp_path).authority.read_bytes())
+    directory = fleet.add_device("pi-1", days=1, data=None)
+    for context in (
+        load_device(directory / "device.toml").tls,
+        tls_of(fleet, load_fleet(fleet.path)),
+    ):
+        assert context is not None
+        assert [dict(part[0] for part in c["subject"]) for c in context.get_ca_certs()] == [
+            {"commonName": "test authority"}
+        ]
+    (fleet.path / "authority.pem").write_text("no certificate")
+    (directory / "broker.ca").write_text("no certificate")
+    with pytest.raises(ConfigError, match=r"broker\.ca_file .* is no certificate in PEM"):
+        load_device(directory / "device.toml")
+    with pytest.raises(ConfigError, match=r"broker\.ca_file .* is no certificate in PEM"):
+        tls_of(fleet, load_fleet(fleet.path))

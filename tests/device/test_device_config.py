@@ -128,6 +128,10 @@ def test_a_scale_that_makes_no_sense(tmp_path: Path, scale: object, problem: str
         ({"url": ""}, "key `broker.url`: broker URL ...: it starts with mqtt://"),
         ({"url": "mqtt://h:99999"}, "key `broker.url`: broker URL mqtt://h:99999: host or port"),
         (
+            {"url": "mqtt://h", "ca_file": "p"},
+            "key `broker.ca_file` goes with a `broker.url` of mqtts://",
+        ),
+        (
             {"url": "mqtt://h", "password_file": "p"},
             "key `broker.username` is missing; `broker.password_file` goes with it",
         ),
