@@ -14,8 +14,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import msgspec
 import numpy as np
+import pytest
 
+import covey_coordinator.blobs
+import covey_coordinator.service
+import covey_device.blobs
 from covey_coordinator.config import CohortConfig, DeadlinesConfig, RunConfig, WorkConfig
 from covey_coordinator.plans.bundle import PlanBundle, load_bundle
 from covey_coordinator.round import Completed, Moved
@@ -53,6 +58,19 @@ def config(rounds: int = 2, n: int = 4, **changes: Any) -> RunConfig:
         "deadlines": SHORT,
     }
     return RunConfig(**(given | changes))
+
+
+def short(**changes: float) -> DeadlinesConfig:
+    """SHORT with changes."""
+    return msgspec.structs.replace(SHORT, **changes)
+
+
+def hasten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is waited for longer than it takes in memory."""
+    monkeypatch.setattr(covey_coordinator.service, "TICK_S", 0.05)
+    monkeypatch.setattr(covey_coordinator.service, "RETRY_STORAGE_S", 0.05)
+    monkeypatch.setattr(covey_coordinator.blobs, "GATHER_S", 0.02)
+    monkeypatch.setattr(covey_device.blobs, "PATIENCE_S", 0.3)
 
 
 class FakeTrainer:

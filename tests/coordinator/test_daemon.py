@@ -14,7 +14,7 @@ import pytest
 import tomli_w
 
 import covey_device.assembly
-from covey_coordinator import blobs, daemon, service
+from covey_coordinator import daemon, service
 from covey_coordinator.broker import RunningBroker
 from covey_coordinator.config import BrokerConfig, EvaluationConfig
 from covey_coordinator.daemon import Daemon, _KeptBroker, load_held_out, only_one
@@ -23,11 +23,10 @@ from covey_coordinator.plans.bundle import load_bundle
 from covey_coordinator.queueing import queue_run
 from covey_coordinator.status import FILE, read_status
 from covey_coordinator.store import RunDirectory
-from covey_device import blobs as device_blobs
 from covey_device.assembly import assemble, load_device
 from covey_shared.errors import ConfigError, CoveyError, DataError, MalformedError, StorageError
 from covey_shared.plan import GraphRef, encode_header
-from memory_fleet import PLAN, go
+from memory_fleet import PLAN, go, hasten
 from memory_transport import MemoryTransport, Network
 
 DEADLINES = {"gather_s": 5.0, "collect_s": 10.0, "absent_grace_s": 0.2, "resend_s": 0.3}
@@ -97,9 +96,7 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setattr(service, "TICK_S", 0.05)
-    monkeypatch.setattr(blobs, "GATHER_S", 0.02)
-    monkeypatch.setattr(device_blobs, "PATIENCE_S", 0.3)
+    hasten(monkeypatch)
     monkeypatch.setattr(daemon, "POLL_S", 0.02)
     return Bench(tmp_path, monkeypatch)
 

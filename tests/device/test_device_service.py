@@ -4,6 +4,7 @@ import asyncio
 import errno
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,25 +13,20 @@ import numpy as np
 import pytest
 
 import covey_device.keystore
-from covey_coordinator import blobs, service
 from covey_coordinator.config import CohortConfig
-from covey_device import blobs as device_blobs
 from covey_device import service as device_service
 from covey_device.session import Policy, Session
 from covey_device.trainer import Work
 from covey_shared.errors import DataError, TrainingError
 from covey_shared.messages import RosterVote
 from covey_shared.transport import Incoming
-from memory_fleet import SHORT, TOPICS, Fleet, Seat, config, go
+from memory_fleet import TOPICS, Fleet, Seat, config, go, hasten, short
 from memory_transport import Delivery, Network
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is waited for longer than it takes in memory."""
-    monkeypatch.setattr(service, "TICK_S", 0.05)
-    monkeypatch.setattr(blobs, "GATHER_S", 0.02)
-    monkeypatch.setattr(device_blobs, "PATIENCE_S", 0.3)
+    hasten(monkeypatch)
 
 
 def raising(error: BaseException) -> Callable[..., NoReturn]:
@@ -119,10 +115,6 @@ def test_calls_in_quick_succession_do_not_undo_each_other_s_fetching(tmp_path: P
             assert not any("/blob/" in f for seat in fleet.seats for f in seat.transport.filters)
 
     go(scenario())
-
-
-def short(**changes: float) -> Any:
-    return type(SHORT)(**({f: getattr(SHORT, f) for f in SHORT.__struct_fields__} | changes))
 
 
 def test_closing_without_a_broker_is_quick(tmp_path: Path):
@@ -295,7 +287,7 @@ def test_a_device_in_training_still_does_its_duties(tmp_path: Path):
                 for _ in range(2000):
                     if stop():
                         return
-                    threading_sleep(0.01)
+                    time.sleep(0.01)
 
             seat.trainer.on_train = train
             settings = config(
@@ -310,12 +302,6 @@ def test_a_device_in_training_still_does_its_duties(tmp_path: Path):
             )
 
     go(scenario())
-
-
-def threading_sleep(seconds: float) -> None:
-    import time
-
-    time.sleep(seconds)
 
 
 def test_a_model_beyond_the_memory_limit_is_declined(tmp_path: Path):
