@@ -303,21 +303,36 @@ def test_eval_and_infer_graphs_are_held_to_the_header_too():
         runtime.Predictor(HEADER, EVAL, np.zeros(3, np.float32))
 
 
-@pytest.mark.parametrize("location", ["secret", "{here}/secret", "../secret", "sub/secret"])
-def test_a_graph_cannot_read_files_of_the_device(tmp_path, monkeypatch, location):
+@pytest.mark.parametrize("place", ["initializer", "constant", "fill"])
+@pytest.mark.parametrize(
+    "location",
+    ["secret", "{here}/secret", "../secret", "sub/secret", "*/_ORT_MEM_ADDR_/*"],
+)
+def test_a_graph_cannot_read_files_of_the_device(tmp_path, monkeypatch, location, place):
+    """Nor its memory, which onnxruntime names like a file inside itself."""
     here = tmp_path / "here"
     (here / "sub").mkdir(parents=True)
     monkeypatch.chdir(here)
-    size = 4096  # large enough that onnxruntime reads it late, past its constant folding
+    # Large enough that onnxruntime reads it late, past its constant folding.
+    size = 1 if place == "fill" else 4096
     for folder in (tmp_path, here, here / "sub"):
         (folder / "secret").write_bytes(np.ones(size, np.float32).tobytes())
     proto = infer_model()
-    stolen = proto.graph.initializer.add(
+    stolen = TensorProto(
         name="stolen", data_type=FLOAT, dims=[size], data_location=TensorProto.EXTERNAL
     )
     entries = {"location": location.format(here=here), "offset": "0", "length": str(4 * size)}
     for key, value in entries.items():
         stolen.external_data.add(key=key, value=value)
+    if place == "initializer":
+        proto.graph.initializer.append(stolen)
+    elif place == "constant":
+        proto.graph.node.append(helper.make_node("Constant", [], ["stolen"], value=stolen))
+    else:
+        shape = helper.make_tensor("shape", INT64, [1], [1])
+        proto.graph.initializer.append(shape)
+        node = helper.make_node("ConstantOfShape", ["shape"], ["stolen"], value=stolen)
+        proto.graph.node.append(node)
     proto.graph.node[0].output[0] = "product"
     proto.graph.node.append(helper.make_node("Mul", ["product", "stolen"], ["predictions"]))
     proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value = size
