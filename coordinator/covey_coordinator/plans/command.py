@@ -90,7 +90,7 @@ def compile_command(
     \b
     Example, for a function build in model.py:
       covey plan compile model:build --loss cross_entropy --momentum 0.9 \\
-          --sample-batch features=float32[32,1,8,8],labels=int64[32]:10 -o digits-plan
+          --sample-batch 'features=float32[32,1,8,8],labels=int64[32]:10' -o digits-plan
     """
     _require_torch()
     check_target(output, replace=force)
