@@ -4,13 +4,14 @@ import os
 import signal
 from pathlib import Path
 
+import msgspec
 import psutil
 
 from covey_coordinator.broker import BrokerKind
 from covey_coordinator.round import Moved, Phase
 from covey_fleet.faults import Moment
 from covey_fleet.seats import ProcessSeat
-from small_fleet import device_names, go, script, small_fleet
+from small_fleet import DEADLINES, device_names, go, script, small_fleet
 
 SENT_ITS_UPDATE = {
     Moment.AFTER_UPLOAD,
@@ -108,8 +109,10 @@ def test_each_device_in_a_process_of_its_own(one_kind: BrokerKind, tmp_path: Pat
 
         started: list[Moved] = []
         settings = {"processes": True, "faults": faults}
+        # Long enough for a process to be started again, however busy the machine.
+        patient = msgspec.structs.replace(DEADLINES, gather_s=20.0)
         async with small_fleet(
-            tmp_path, one_kind, rounds=3, on_event=on_event, settings=settings
+            tmp_path, one_kind, rounds=3, deadlines=patient, on_event=on_event, settings=settings
         ) as played:
             seats = played.fleet.seats
             pids = [seat.pid for seat in seats if isinstance(seat, ProcessSeat)]
