@@ -375,3 +375,28 @@ def test_telemetry_is_off_before_onnxruntime_is_imported(setting):
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.split("\n")[:2] == ["1", "[]"]
+
+
+@pytest.mark.parametrize("imported", ["covey_shared.runtime", "onnxruntime"])
+def test_training_leaves_no_trace_at_home(tmp_path, imported):
+    """Nothing is written outside; and the same session without our import does leave a trace."""
+    (tmp_path / "eval.onnx").write_bytes(EVAL)
+    home = tmp_path / "home"
+    home.mkdir()
+    program = (
+        f"import {imported}, onnxruntime\n"
+        "onnxruntime.InferenceSession('eval.onnx', providers=['CPUExecutionProvider'])\n"
+    )
+    quiet = {"CI", "ORT_DISABLE_TELEMETRY"}  # either would keep onnxruntime from writing by itself
+    environment = {k: v for k, v in os.environ.items() if k not in quiet and k[:4] != "XDG_"}
+    subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment | {"HOME": str(home)},
+        cwd=tmp_path,
+        check=True,
+    )
+    traces = [path.name for path in home.rglob("*")]
+    if imported == "onnxruntime":
+        assert "deviceid" in traces, "onnxruntime has stopped doing this: drop the control"
+    else:
+        assert not traces
