@@ -42,6 +42,7 @@ from covey_shared.messages import (
     ViewProposal,
     ViewVote,
     Work,
+    for_display,
 )
 from covey_shared.secagg import rules
 from covey_shared.secagg.aggregator import Aggregator, NotEnoughSharesError
@@ -359,7 +360,7 @@ class Round:
                 del self._check_ins[sender]
                 self._key_owners = {k: d for k, d in self._key_owners.items() if d != sender}
         # Before its check-in nothing vouches for a decline; all it can do is save us waiting.
-        self._declined[sender] = decline.reason
+        self._declined[sender] = for_display(decline.reason)
         return []
 
     def _in_cohort(self, signed: Signed[Message], sender: DeviceId) -> list[Action]:

@@ -37,6 +37,7 @@ from covey_shared.messages import (
     View,
     ViewProposal,
     WantUpload,
+    for_display,
 )
 from covey_shared.secagg.cohort import Trust
 from covey_shared.secagg.committee import CommitteeMember
@@ -331,7 +332,7 @@ class Session:
             case Result():
                 return self._result(current, message)
             case RoundAbandoned():
-                return self._end(f"abandoned: {message.reason}", contributed=False)
+                return self._end(f"abandoned: {for_display(message.reason)}", contributed=False)
             case _:
                 raise RefusedError(f"a {message.LABEL} is not for devices")
 

@@ -403,3 +403,8 @@ ALL: tuple[type[Message], ...] = (
     WantBlob,
     WantUpload,
 )
+
+
+def for_display(reason: str) -> str:
+    """A peer's words, fit for a terminal or a log: control characters could rewrite what stands there."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in reason)

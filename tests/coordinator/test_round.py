@@ -236,6 +236,17 @@ def test_too_few_check_in_and_the_reason_quotes_the_declines(lab):
     assert play.machine.declined == {name: f"busy {name}" for name in lab.names[1:]}
 
 
+def test_a_reason_cannot_write_on_the_operators_terminal(lab):
+    play = lab.round()
+    kept = held(play, "CheckIn")
+    hand(play, lab.names[0], kept[lab.names[0]])
+    decline = Decline("lab", RUN, 1, lab.names[1], "busy\x1b[2J\rround completed\n")
+    hand(play, lab.names[1], wire.sign(decline, lab.identities[lab.names[1]]).envelope)
+    play.pass_time(10.0)
+    assert play.machine.declined[lab.names[1]] == "busy\ufffd[2J\ufffdround completed\ufffd"
+    assert play.abandoned.reason.isprintable()
+
+
 def test_a_device_that_leaves_while_we_gather_is_not_chosen(lab):
     play = lab.round(goal=3)
     kept = held(play, "CheckIn")
