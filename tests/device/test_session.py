@@ -538,8 +538,8 @@ def test_an_abandoned_round_ends_at_any_time(until):
     lab = Lab(3)
     mallory = played(lab, until=until)
     name = lab.names[0]
-    actions = mallory.tell(name, RoundAbandoned("lab", RUN, 1, "too few"))
-    assert actions == [device.Ended(1, "abandoned: too few", contributed=False)]
+    actions = mallory.tell(name, RoundAbandoned("lab", RUN, 1, "too\x1b few"))
+    assert actions == [device.Ended(1, "abandoned: too\ufffd few", contributed=False)]
     assert lab.sessions[name].phase is Phase.IDLE
     assert mallory.tell(name, mallory.call) == []
 
