@@ -25,10 +25,8 @@ _MAX_REASON = 400
 def failed(what: str, error: BaseException, *, hint: str = "") -> CompileError:
     """An exception from torch -> CompileError, with the user's line if the traceback has one."""
     where = _user_line(error) or _guard_line(error)
-    reason = _reason(error)
-    return CompileError(
-        _sentence(f"{where}: {what}: {reason}" if where else f"{what}: {reason}", hint)
-    )
+    said = f"{what}: {reason(error)}"
+    return CompileError(_sentence(f"{where}: {said}" if where else said, hint))
 
 
 def unsupported(node: Any, why: str, *, hint: str = "") -> CompileError:
@@ -123,11 +121,11 @@ def _is_users(filename: str) -> bool:
     return "site-packages" in filename or not filename.startswith(_STDLIB)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first lines of a message, without torch's pages of advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = " ".join(lines[:2]) or type(error).__name__
-    return reason if len(reason) <= _MAX_REASON else reason[:_MAX_REASON] + " ..."
+    text = " ".join(lines[:2]) or type(error).__name__
+    return text if len(text) <= _MAX_REASON else text[:_MAX_REASON] + " ..."
 
 
 def _sentence(text: str, hint: str) -> str:

@@ -380,7 +380,9 @@ class _Interpreter(torch.fx.Interpreter):  # type: ignore[misc]
             except CompileError:
                 raise
             except Exception as error:  # torch raises dozens of classes here
-                raise diagnose.unsupported(n, f"cannot be traced: {error}") from error
+                raise diagnose.unsupported(
+                    n, f"cannot be traced: {diagnose.reason(error)}"
+                ) from error
 
 
 def _replay(graph: Any) -> Callable[..., Any]:
