@@ -18,6 +18,7 @@ What no test notices is printed, unless SURVIVORS says why it makes no differenc
 """
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -133,33 +134,25 @@ def mutants_of(path: str, root: Path = ROOT) -> Iterator[Mutant]:
     yield from walk(ast.parse(source), "")
 
 
-def survives(mutant: Mutant, copy: Path) -> bool:
-    """Whether all tests pass with the mutant."""
-    target = copy / mutant.path
-    original = target.read_text()
-    target.write_text(mutant.apply(original))
-    first = FIRST.get(mutant.key[0], TESTS[0])
+def noticed_by(copy: Path, first: str) -> str | None:
+    """The first test that fails in the copy; None if all pass. first: the file to begin with."""
     tests = sorted(TESTS, key=lambda test: Path(test).stem != first)
+    folders = [str(copy / folder) for folder in ("shared", "coordinator", "device", "deploy")]
     try:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
             cwd=copy,
-            env={"PYTHONPATH": ":".join(path_of(copy)), "PATH": "/usr/bin:/bin", "HOME": str(copy)},
+            env={"PYTHONPATH": ":".join(folders), "PATH": "/usr/bin:/bin", "HOME": str(copy)},
             capture_output=True,
             text=True,
             timeout=600,
         )
     except subprocess.TimeoutExpired:
-        return False
-    finally:
-        target.write_text(original)
-    if done.returncode not in (0, 1, 2):
+        return "the clock"
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if failed is None and done.returncode != 0:
         raise SystemExit(done.stdout + done.stderr)
-    return done.returncode == 0
-
-
-def path_of(copy: Path) -> list[str]:
-    return [str(copy / folder) for folder in ("shared", "coordinator", "device", "deploy")]
+    return failed and failed[1]
 
 
 def main(arguments: list[str]) -> int:
@@ -181,14 +174,19 @@ def main(arguments: list[str]) -> int:
         for name in ("shared", "coordinator", "device", "deploy", "tests", "docs"):
             shutil.copytree(ROOT / name, copy / name, ignore=ignore)
         shutil.copy(ROOT / "pyproject.toml", copy)
-        for number, mutant in enumerate(mutants, 1):
+        if (failed := noticed_by(copy, TESTS[0])) is not None:
+            raise SystemExit(f"{failed} fails without any mutant")
+        for mutant in mutants:
             if mutant.key in SURVIVORS:
                 continue
-            if survives(mutant, copy):
+            target = copy / mutant.path
+            original = target.read_text()
+            target.write_text(mutant.apply(original))
+            test = noticed_by(copy, FIRST.get(mutant.key[0], TESTS[0]))
+            target.write_text(original)
+            print(*mutant.key, test or "SURVIVES", sep=" :: ", flush=True)
+            if test is None:
                 left.append(mutant)
-                print("SURVIVES", *mutant.key, sep=" :: ", flush=True)
-            elif number % 10 == 0:
-                print(f"{number} of {len(mutants)}", flush=True)
     known = {mutant.key for mutant in mutants}
     stale = [key for key in SURVIVORS if not wanted and key not in known]
     for key in stale:

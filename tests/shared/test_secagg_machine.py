@@ -4,7 +4,7 @@ Three things hold whatever happens: a completed round's sum is exactly that of i
 never ends twice, and no device ever signs two rosters or views, or masks twice, in one round.
 """
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -172,4 +172,9 @@ class FleetMachine(RuleBasedStateMachine):
 
 
 TestFleet = FleetMachine.TestCase
-TestFleet.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestFleet.settings = settings(
+    max_examples=40,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],  # a step is a whole phase of a fleet
+)

@@ -8,7 +8,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from covey_coordinator.round import Phase
@@ -196,7 +196,7 @@ def test_what_is_lost_is_sent_again(seed):
     assert play.faults == []
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_a_round_is_abandoned_only_when_too_few_remain(data):
     seed = data.draw(st.integers(0, 2**32 - 1))
