@@ -12,7 +12,7 @@ import msgspec
 
 from covey_coordinator import round as coordinator
 from covey_device import session as device
-from covey_shared import messages
+from covey_shared import enrolment, messages
 from covey_shared.secagg.parameters import parameters_for
 
 PROTOCOL = Path(__file__).parent / "protocol.md"
@@ -37,13 +37,22 @@ ROUTES = {
     "WantBlob": ("device", "coordinator"),
     "WantUpload": ("coordinator", "one device"),
     "Certificate": ("fleet CA", "inside CheckIn"),
+    "PlanSignature": ("model owner", "inside RoundCall"),
+    "WhoIsThere": ("device", "coordinator, over TLS"),
+    "FleetTrust": ("coordinator", "device, over TLS"),
+    "EnrolRequest": ("device", "coordinator, over TLS"),
+    "RenewRequest": ("device", "coordinator, over mutual TLS"),
+    "Enrolled": ("coordinator", "device, over TLS"),
+    "EnrolRefused": ("coordinator", "device, over TLS"),
+    "IdentityRequest": ("coordinator", "fleet CA, in a file"),
+    "RenewalWanted": ("coordinator", "one device"),
 }
 
 
 def message_table() -> str:
     """One row a message: type byte, label, route, number in the paper's order, fields."""
     lines = ["| type | message | signed as | from | to | fields |", "|---|---|---|---|---|---|"]
-    for kind in messages.ALL:
+    for kind in (*messages.ALL, *enrolment.ALL):
         sender, receiver = ROUTES[kind.__name__]
         fields = ", ".join(f"`{f.name}`" for f in msgspec.structs.fields(kind))
         lines.append(

@@ -102,9 +102,10 @@ class Lab:
         *,
         ca: keys.SigningKey | None = None,
         fleet: str = FLEET,
+        issued: int = 0,
         not_after: int = 2**31,
     ) -> bytes:
-        certificate = Certificate(fleet, DeviceId(name), key.public, not_after)
+        certificate = Certificate(fleet, DeviceId(name), key.public, issued, not_after)
         return wire.sign(certificate, ca or self.ca).envelope
 
     def session(
@@ -145,6 +146,7 @@ class Lab:
             "model_bytes": 4 * self.n_params,
             "revision": 0,
             "n_min": 3,
+            "plan_signatures": (),
             "gather_s": 10.0,
         }
         return RoundCall(**(fields | changes))  # type: ignore[arg-type]

@@ -165,7 +165,8 @@ class Fleet:
     async def add(self, name: str) -> Seat:
         """A new device, started."""
         device, identity = DeviceId(name), keys.SigningKey(os.urandom(32))
-        certificate = Certificate(FLEET, device, identity.public, int(time.time()) + 3600)
+        now = int(time.time())
+        certificate = Certificate(FLEET, device, identity.public, now, now + 3600)
         envelope = wire.sign(certificate, self._ca).envelope
         seat = Seat(
             device, identity, envelope, self.directory / name, FakeTrainer(name),

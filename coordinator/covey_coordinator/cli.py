@@ -1,6 +1,7 @@
 """`covey`: the operator's command line. What it prints is for people; files are for programs."""
 
 import asyncio
+import importlib
 import logging
 import os
 import signal
@@ -13,28 +14,35 @@ from typing import Any
 
 import click
 
+from covey_coordinator.options import fleet_option
 from covey_shared import __version__
 from covey_shared.errors import CoveyError
 
 MAX_SHOWN = 20
 
 
+# Where the larger commands are. Loaded when they are asked for: the compiler's pulls in torch.
+ELSEWHERE = {
+    "device": "covey_coordinator.device_command:device",
+    "plan": "covey_coordinator.plans.command:plan",
+}
+
+
 class Commands(click.Group):
     """`covey`'s commands, and those that other packages add through the entry-point group
-    `covey.commands` (the demo does); both that and the compiler are loaded when they are asked for.
-    Errors end in one line, never in a traceback."""
+    `covey.commands` (the demo does). Errors end in one line, never in a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Built in and added, by name."""
         added = {point.name for point in entry_points(group="covey.commands")}
-        return sorted(added | {"plan"} | set(super().list_commands(ctx)))
+        return sorted(added | ELSEWHERE.keys() | set(super().list_commands(ctx)))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Built in, or loaded now."""
-        if cmd_name == "plan":
-            from covey_coordinator.plans.command import plan
-
-            return plan
+        if cmd_name in ELSEWHERE:
+            module, _, name = ELSEWHERE[cmd_name].partition(":")
+            found: click.Command = getattr(importlib.import_module(module), name)
+            return found
         command = super().get_command(ctx, cmd_name)
         if command is None:
             for point in entry_points(group="covey.commands", name=cmd_name):
@@ -59,16 +67,6 @@ class Commands(click.Group):
                 err=True,
             )
         raise click.exceptions.Exit(1)
-
-
-fleet_option = click.option(
-    "--fleet-dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path(),
-    envvar="COVEY_FLEET",
-    show_default="the current directory",
-    help="The fleet's directory, as `covey init` made it.",
-)
 
 
 @click.group("covey", cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -115,72 +113,6 @@ def init(directory: Path, fleet: str, broker: Any, broker_url: str | None, port:
             f"{made.password_file('coordinator')}"
         )
     click.echo(f"next{there}: covey device add NAME, then covey up")
-
-
-@main.group(short_help="Add and list devices.")
-def device() -> None:
-    """Devices of the fleet."""
-
-
-@device.command("add", short_help="Make a device's identity and configuration.")
-@click.argument("name")
-@click.option(
-    "--data",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The device's .npz file, if it is on this machine.",
-)
-@click.option("--days", type=click.IntRange(1, 3650), default=365, show_default=True,
-              help="How long its certificate lasts.")  # fmt: skip
-@click.option("--broker-url", help="Where the device finds the broker, if not at this machine's.")
-@fleet_option
-def device_add(
-    name: str, data: Path | None, days: int, broker_url: str | None, fleet_dir: Path
-) -> None:
-    """Make a device's identity, certificate and device.toml.
-
-    Copy the printed directory to the device, and start it with `covey-device run`.
-    """
-    from covey_coordinator.config import load_fleet
-    from covey_coordinator.fleet import FleetDirectory
-
-    directory = FleetDirectory(fleet_dir).add_device(
-        name, days=days, data=data, broker_url=broker_url
-    )
-    click.echo(f"device {name} added: {directory}")
-    if load_fleet(fleet_dir).broker.kind == "external":
-        click.echo(
-            f"the broker must know the user {name}, with the password in "
-            f"{directory / 'broker.password'}"
-        )
-    if data is None:
-        click.echo(f"next: set [data] in {directory / 'device.toml'} to the device's own data")
-    click.echo(f"then: covey-device run --config {directory / 'device.toml'}")
-
-
-@device.command("list", short_help="List devices.")
-@fleet_option
-def device_list(fleet_dir: Path) -> None:
-    """Devices, whether they are online, and until when their certificates last."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from covey_coordinator.fleet import FleetDirectory
-    from covey_coordinator.status import read_status
-
-    entries, status = FleetDirectory(fleet_dir).devices(), read_status(fleet_dir)
-    if not entries:
-        click.echo("no devices yet: covey device add NAME")
-        return
-    table = Table(box=None)
-    for column in ("device", "online", "certificate ends", "identity"):
-        table.add_column(column)
-    for entry in entries:
-        online = "?" if status is None else "yes" if entry.name in status.present else "no"
-        ends = time.strftime("%Y-%m-%d", time.gmtime(entry.not_after_unix))
-        if entry.not_after_unix < time.time():
-            ends += " (ended)"
-        table.add_row(entry.name, online, ends, entry.identity.hex()[:16])
-    Console().print(table)
 
 
 @main.command(short_help="Run the broker and the coordinator.")

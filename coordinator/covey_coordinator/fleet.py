@@ -109,11 +109,13 @@ class FleetDirectory:
             user, password = DEVICE_USER, self.password(DEVICE_USER)
         authority = self._broker_authority(config)
         identity = keys.SigningKey(os.urandom(32))
+        now_unix = int(time.time())
         certificate = Certificate(
             fleet=config.fleet,
             device=DeviceId(name),
             identity=identity.public,
-            not_after_unix=int(time.time()) + days * DAY_S,
+            issued_unix=now_unix,
+            not_after_unix=now_unix + days * DAY_S,
         )
         table = {
             "fleet": config.fleet,

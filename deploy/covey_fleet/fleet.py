@@ -230,7 +230,7 @@ class Fleet:
         self.trust = Trust(self.name, ca.public, self._coordinator_key.public)
         (self.directory / "witness").mkdir()
         self.witness = Witness(self.directory / "witness")
-        until = int(time.time()) + CERTIFICATE_S
+        now_unix = int(time.time())
         settings, own = self.settings, self.broker is not None
         pool = ThreadPoolExecutor(2, thread_name_prefix="device")
         train_pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="train")
@@ -241,7 +241,9 @@ class Fleet:
             directory.mkdir()
             np.savez(directory / "data.npz", features=part.features, labels=part.labels)
             identity = SigningKey(os.urandom(32))
-            certificate = Certificate(self.name, device, identity.public, until)
+            certificate = Certificate(
+                self.name, device, identity.public, now_unix, now_unix + CERTIFICATE_S
+            )
             spec = DeviceSpec(
                 trust=self.trust,
                 device=device,

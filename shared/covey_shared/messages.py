@@ -20,6 +20,7 @@ RoundAbandoned  coordinator -> all        the round ended without a sum, and why
 Decline       device -> coordinator       I leave this round, and why
 WantBlob      device -> coordinator       send me these chunks of a plan or model
 WantUpload    coordinator -> device       send me these chunks of your update again
+PlanSignature model owner -> devices      inside RoundCall: this plan is mine
 ============  ==========================  ====================================================
 
 A *member* is a device in its role on the round's committee (in cohorts up to 128 everybody is one).
@@ -45,6 +46,7 @@ MAX_HYPERPARAMETERS = 16
 MAX_ENVELOPE_BYTES = 1024
 MAX_REASON_CHARS = 300
 MAX_RANGES = 64
+MAX_PLAN_SIGNATURES = 4
 
 DeviceId = NewType("DeviceId", str)
 RunId = NewType("RunId", bytes)
@@ -89,7 +91,10 @@ class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 
 class Certificate(Message, frozen=True):
-    """A device's identity, signed by the fleet's certificate authority. Travels inside CheckIn."""
+    """A device's identity, signed by the fleet's certificate authority. Travels inside CheckIn.
+
+    issued_unix: from when its renewal is reckoned, and which of two certificates is the newer.
+    """
 
     CODE: ClassVar[int] = 1
     LABEL: ClassVar[str] = "certificate"
@@ -97,6 +102,7 @@ class Certificate(Message, frozen=True):
     fleet: FleetName
     device: Device
     identity: Bytes32
+    issued_unix: Unix
     not_after_unix: Unix
 
 
@@ -105,7 +111,7 @@ class RoundCall(Message, frozen=True):
 
     plan: hash of the plan's header. model: hash of the flat float32 vector. revision: how many
     rounds on this very model came as far as uploads before (see `device.session` on contributing
-    once).
+    once). plan_signatures: envelopes of PlanSignature, for devices that run owners' plans only.
     """
 
     CODE: ClassVar[int] = 2
@@ -120,6 +126,7 @@ class RoundCall(Message, frozen=True):
     model_bytes: Size
     revision: Annotated[int, Meta(ge=0, le=65535)]
     n_min: Annotated[int, Meta(ge=2, le=MAX_COHORT)]
+    plan_signatures: Annotated[tuple[Envelope, ...], Meta(max_length=MAX_PLAN_SIGNATURES)]
     gather_s: Seconds
 
 
@@ -383,6 +390,20 @@ class WantUpload(Message, frozen=True):
     ranges: Ranges
 
 
+class PlanSignature(Message, frozen=True):
+    """A model's owner vouches for a plan. owner: the Ed25519 key that signed; plan: the plan's hash.
+
+    Needed by devices whose owner trusts some model owners only; the coordinator passes it on and
+    cannot make one.
+    """
+
+    CODE: ClassVar[int] = 19
+    LABEL: ClassVar[str] = "plan signature"
+
+    owner: Bytes32
+    plan: Bytes32
+
+
 ALL: tuple[type[Message], ...] = (
     Certificate,
     RoundCall,
@@ -402,6 +423,7 @@ ALL: tuple[type[Message], ...] = (
     Decline,
     WantBlob,
     WantUpload,
+    PlanSignature,
 )
 
 

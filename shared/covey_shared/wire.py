@@ -9,7 +9,7 @@ An envelope is::
 
 Accepted bytes re-encode to the same bytes: MessagePack allows several spellings of a value, so the
 decoder encodes again what it read and refuses any difference. Field types and limits come from the
-classes in `messages`. Who must have signed depends on the message; `opened` checks it.
+classes in `messages` and `enrolment`. Who must have signed depends on the message; `opened` checks it.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from covey_shared import keys, messages
+from covey_shared import enrolment, keys, messages
 from covey_shared.errors import LocalProtocolError, MalformedError
 from covey_shared.messages import Message
 
@@ -31,8 +31,9 @@ M = TypeVar("M", bound=Message)
 M_co = TypeVar("M_co", bound=Message, covariant=True)
 
 _ENCODER = msgspec.msgpack.Encoder(order="deterministic")
-_BY_CODE = {kind.CODE: kind for kind in messages.ALL}
-_DECODERS = {kind.CODE: msgspec.msgpack.Decoder(kind) for kind in messages.ALL}
+_KINDS = (*messages.ALL, *enrolment.ALL)
+_BY_CODE = {kind.CODE: kind for kind in _KINDS}
+_DECODERS = {kind.CODE: msgspec.msgpack.Decoder(kind) for kind in _KINDS}
 
 
 @dataclass(frozen=True, slots=True)

@@ -297,11 +297,11 @@ FIELDS_OF_A_DEVICE = {
     "reveal": {"h", "member", "u3", "present", "box"},
     "decline": {"fleet", "run", "round", "device", "reason"},
     "want blob": {"fleet", "device", "blob", "ranges"},
-    "certificate": {"fleet", "device", "identity", "not_after_unix"},
+    "certificate": {"fleet", "device", "identity", "issued_unix", "not_after_unix"},
 }  # fmt: skip
 OF_THE_COORDINATOR = {
     "round call", "manifest", "delivery", "roster", "view proposal", "view", "result",
-    "round abandoned", "want upload",
+    "round abandoned", "want upload", "plan signature",
 }  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def test_a_key_that_is_not_text(tmp_path: Path):
 
 
 def certificate_file(tmp_path: Path, fleet: str = "farm", device: str = "pi-1") -> Path:
-    certificate = Certificate(fleet, DeviceId(device), KEY.public, 2**31)
+    certificate = Certificate(fleet, DeviceId(device), KEY.public, 0, 2**31)
     path = tmp_path / "certificate"
     path.write_bytes(wire.sign(certificate, CA).envelope)
     return path

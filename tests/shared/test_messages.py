@@ -8,14 +8,15 @@ import msgspec
 import pytest
 from msgspec import inspect
 
-from covey_shared import keys, messages, wire
+from covey_shared import enrolment, keys, messages, wire
 from covey_shared.errors import LocalProtocolError, MalformedError
 from covey_shared.messages import DeviceId, ManifestDigest, Message, RunId
 from covey_shared.transport import MAX_PAYLOAD_BYTES
 from vectors import load, make
 
 VECTORS = load("messages")
-KINDS = {kind.LABEL: kind for kind in messages.ALL}
+ALL = (*messages.ALL, *enrolment.ALL)
+KINDS = {kind.LABEL: kind for kind in ALL}
 KEY = keys.SigningKey(bytes(32))
 MOST = messages.MAX_COHORT
 
@@ -57,7 +58,7 @@ def test_no_two_fields_of_a_vector_could_change_places_unseen(case: dict[str, An
 
 
 def test_the_vectors_have_one_message_of_every_type() -> None:
-    assert [case["label"] for case in VECTORS["messages"]] == [k.LABEL for k in messages.ALL]
+    assert [case["label"] for case in VECTORS["messages"]] == [k.LABEL for k in ALL]
 
 
 def test_the_generator_still_writes_these_vectors() -> None:
@@ -90,14 +91,15 @@ def test_envelopes_within_messages_are_signed_ones() -> None:
 
 
 def test_every_message_class_is_in_the_catalogue_once() -> None:
-    assert set(messages.ALL) == set(Message.__subclasses__())
-    assert len(set(messages.ALL)) == len(messages.ALL)
+    assert set(ALL) == set(Message.__subclasses__())
+    assert len(set(ALL)) == len(ALL)
     for attribute in ("CODE", "LABEL"):
-        assert len({getattr(kind, attribute) for kind in messages.ALL}) == len(messages.ALL)
-    for kind in messages.ALL:
+        assert len({getattr(kind, attribute) for kind in ALL}) == len(ALL)
+    for kind in ALL:
         assert 0 < kind.CODE < 256
         assert re.fullmatch("[a-z -]+", kind.LABEL)  # no zero byte, which ends it when signed
-        assert kind is messages.Certificate or f"\n{kind.__name__} " in (messages.__doc__ or "")
+        home = enrolment if kind in enrolment.ALL else messages
+        assert kind is messages.Certificate or f"\n{kind.__name__} " in (home.__doc__ or "")
 
 
 def leaves(kind: inspect.Type, path: str) -> Iterator[tuple[str, inspect.Type]]:
@@ -119,7 +121,7 @@ def leaves(kind: inspect.Type, path: str) -> Iterator[tuple[str, inspect.Type]]:
             yield path, kind
 
 
-LEAVES = [leaf for kind in messages.ALL for leaf in leaves(inspect.type_info(kind), kind.__name__)]
+LEAVES = [leaf for kind in ALL for leaf in leaves(inspect.type_info(kind), kind.__name__)]
 
 
 @pytest.mark.parametrize(("path", "kind"), LEAVES, ids=[path for path, _ in LEAVES])
@@ -253,12 +255,13 @@ def largest() -> dict[str, Message]:
     bitmap, round_id, size, unix = b"\xff" * (MOST // 8), 2**53, 2**40, 2**40
     reason = "\N{FIRE}" * messages.MAX_REASON_CHARS  # four bytes each
     box = b"\xff" * (keys.BOX_OVERHEAD_BYTES + 2 * keys.SEED_BYTES)
+    der = b"\xff" * enrolment.MAX_DER_BYTES
     ranges = ((2**32, 2**32),) * messages.MAX_RANGES
 
     def envelope(message: Message) -> bytes:
         return wire.sign(message, KEY).envelope
 
-    certificate = messages.Certificate(name, device, hash_, unix)
+    certificate = messages.Certificate(name, device, hash_, unix, unix)
     check_in = messages.CheckIn(
         name, run, round_id, device, envelope(certificate), hash_, hash_, hash_
     )
@@ -296,7 +299,19 @@ def largest() -> dict[str, Message]:
     votes = (envelope(view_vote),) * MOST
     every: list[Message] = [
         certificate,
-        messages.RoundCall(name, run, round_id, hash_, size, hash_, size, 65535, MOST, 0.1),
+        messages.RoundCall(
+            name,
+            run,
+            round_id,
+            hash_,
+            size,
+            hash_,
+            size,
+            65535,
+            MOST,
+            (envelope(messages.PlanSignature(hash_, hash_)),) * messages.MAX_PLAN_SIGNATURES,
+            0.1,
+        ),
         check_in,
         messages.Manifest(head, (envelope(check_in),) * MOST),
         messages.Shares(h, device, (box,) * MOST),
@@ -315,6 +330,17 @@ def largest() -> dict[str, Message]:
         messages.Decline(name, run, round_id, device, reason),
         messages.WantBlob(name, device, hash_, ranges),
         messages.WantUpload(h, device, hash_, ranges),
+        messages.PlanSignature(hash_, hash_),
+        enrolment.WhoIsThere(hash_),
+        enrolment.FleetTrust(name, hash_, hash_, der),
+        enrolment.EnrolRequest(name, bytes(16), hash_, der),
+        enrolment.RenewRequest(name, device, hash_, der),
+        enrolment.Enrolled(
+            name, device, hash_, der, bytes(messages.MAX_ENVELOPE_BYTES), "\N{FIRE}" * 300
+        ),
+        enrolment.EnrolRefused(name, reason),
+        enrolment.IdentityRequest(name, device, hash_, 3650),
+        enrolment.RenewalWanted(name, device, unix),
     ]
     return {message.LABEL: message for message in every}
 

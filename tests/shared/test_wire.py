@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from msgspec import inspect
 
-from covey_shared import keys, messages, wire
+from covey_shared import enrolment, keys, messages, wire
 from covey_shared.errors import LocalProtocolError, MalformedError, SignatureError
 from covey_shared.messages import DeviceId, ManifestDigest, Message
 from vectors import load
@@ -18,7 +18,8 @@ VECTORS = load("messages")
 ENVELOPES = {case["label"]: bytes.fromhex(case["envelope"]) for case in VECTORS["messages"]}
 SEEDS = {name: bytes.fromhex(seed) for name, seed in VECTORS["seeds"].items()}
 SIGNERS = {case["label"]: keys.SigningKey(SEEDS[case["signer"]]) for case in VECTORS["messages"]}
-KINDS = {kind.LABEL: kind for kind in messages.ALL}
+ALL = (*messages.ALL, *enrolment.ALL)
+KINDS = {kind.LABEL: kind for kind in ALL}
 KEY = keys.SigningKey(bytes(32))
 PREFIX = 66
 
@@ -67,7 +68,7 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
             return names
         case inspect.StrType():
             text = st.characters(codec="utf-8")
-            return st.text(text, max_size=kind.max_length)
+            return st.text(text, min_size=kind.min_length or 0, max_size=kind.max_length)
         case _:
             raise AssertionError(kind)
 
@@ -112,7 +113,7 @@ def test_arbitrary_bytes(data: bytes) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from(messages.ALL), st.binary(max_size=300))
+@given(st.sampled_from(ALL), st.binary(max_size=300))
 @example(messages.WantBlob, b"\x91" * 100_000)
 @example(messages.WantBlob, b"\x81" * 100_000)
 @example(messages.WantBlob, b"\x94\xa1f\xa1d\xc4\x20" + bytes(32) + b"\x91" * 100_000)
@@ -138,7 +139,7 @@ documents = st.recursive(
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.sampled_from(messages.ALL), documents)
+@given(st.sampled_from(ALL), documents)
 def test_arbitrary_message_pack(kind: type[Message], document: object) -> None:
     body = msgspec.msgpack.encode(document)
     data = bytes((wire.VERSION, kind.CODE)) + bytes(64) + body
@@ -201,7 +202,7 @@ def test_an_oversize_message_is_refused_before_it_is_parsed() -> None:
 
 def test_versions_and_types_from_elsewhere_are_named() -> None:
     envelope = ENVELOPES["decline"]
-    codes = {kind.CODE for kind in messages.ALL}
+    codes = {kind.CODE for kind in ALL}
     for byte in range(256):
         if byte != wire.VERSION:
             with pytest.raises(MalformedError, match=f"version {byte}"):

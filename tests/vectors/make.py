@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from covey_shared import fixedpoint, keys, masking, messages, sharing, wire
+from covey_shared import enrolment, fixedpoint, keys, masking, messages, sharing, wire
 from covey_shared.messages import Message
 from vectors import oracle, save, seeded
 
@@ -37,8 +37,12 @@ def _hash(what: str) -> bytes:
     return keys.digest("example", what.encode())
 
 
+def _certificate(device: messages.DeviceId) -> messages.Certificate:
+    return messages.Certificate("lab", device, _key(device).public, 1_800_000_000, 1_900_000_000)
+
+
 def _check_in(device: messages.DeviceId) -> bytes:
-    certificate = messages.Certificate("lab", device, _key(device).public, 1_900_000_000)
+    certificate = _certificate(device)
     rng = seeded(device)
     b, s, c = rng(16), rng(16), rng(16)
     check_in = messages.CheckIn(
@@ -52,6 +56,11 @@ def _check_in(device: messages.DeviceId) -> bytes:
         self_mask_commitment=keys.self_mask_commitment(b),
     )
     return wire.sign(check_in, _key(device)).envelope
+
+
+def _plan_signature() -> bytes:
+    signature = messages.PlanSignature(_key("owner").public, _hash("plan"))
+    return wire.sign(signature, _key("owner")).envelope
 
 
 def instances() -> list[tuple[str, Message]]:
@@ -97,7 +106,7 @@ def instances() -> list[tuple[str, Message]]:
     signed_roster_vote = wire.sign(roster_vote, _key(PI_A)).envelope
     signed_view_vote = wire.sign(view_vote, _key(PI_A)).envelope
     return [
-        ("ca", messages.Certificate("lab", PI_A, _key(PI_A).public, 1_900_000_000)),
+        ("ca", _certificate(PI_A)),
         (
             "coordinator",
             messages.RoundCall(
@@ -110,6 +119,7 @@ def instances() -> list[tuple[str, Message]]:
                 model_bytes=4000,
                 revision=1,
                 n_min=2,
+                plan_signatures=(_plan_signature(),),
                 gather_s=20.0,
             ),
         ),
@@ -134,6 +144,31 @@ def instances() -> list[tuple[str, Message]]:
         (PI_A, messages.Decline("lab", RUN, 7, PI_A, "71 °C")),
         (PI_A, messages.WantBlob("lab", PI_A, _hash("model"), ((0, 1), (300, 70_000)))),
         ("coordinator", messages.WantUpload(H, PI_A, _hash("payload"), ((0, 3),))),
+        ("owner", wire.decode_as(messages.PlanSignature, _plan_signature()).message),
+        (PI_A, enrolment.WhoIsThere(_hash("trust"))),
+        (
+            "coordinator",
+            enrolment.FleetTrust("lab", _key("ca").public, _key("coordinator").public, b"DER 1"),
+        ),
+        (
+            PI_A,
+            enrolment.EnrolRequest("lab", seeded("token")(16), _key(PI_A).public, b"DER 2"),
+        ),
+        (PI_A, enrolment.RenewRequest("lab", PI_A, _key(PI_A).public, b"DER 3")),
+        (
+            "coordinator",
+            enrolment.Enrolled(
+                "lab",
+                PI_A,
+                _key(PI_A).public,
+                b"DER 4",
+                wire.sign(_certificate(PI_A), _key("ca")).envelope,
+                "mqtts://lab.local:8883",
+            ),
+        ),
+        ("coordinator", enrolment.EnrolRefused("lab", "the token was used")),
+        ("coordinator", enrolment.IdentityRequest("lab", PI_A, _key(PI_A).public, 90)),
+        ("coordinator", enrolment.RenewalWanted("lab", PI_A, 1_800_000_000)),
     ]
 
 
@@ -156,7 +191,7 @@ def _refused() -> list[dict[str, str]]:
         "version 0": b"\x00" + good[1:],
         "version 2": b"\x02" + good[1:],
         "type 0": good[:1] + b"\x00" + good[2:],
-        "type 19": good[:1] + b"\x13" + good[2:],
+        "type 20": good[:1] + b"\x14" + good[2:],
         "another type's fields": good[:1] + b"\x11" + good[2:],
         "a trailing byte": good + b"\x00",
         "a second body": good + body,
@@ -205,7 +240,7 @@ def message_vectors() -> dict[str, Any]:
     """Content of messages.json."""
     return {
         "comment": "fields: in order, bytes in base64. seeds: Ed25519. envelopes: hex.",
-        "seeds": {name: signing_seed(name).hex() for name in ("ca", "coordinator", PI_A)},
+        "seeds": {name: signing_seed(name).hex() for name in ("ca", "coordinator", PI_A, "owner")},
         "messages": [
             {
                 "label": message.LABEL,
