@@ -75,6 +75,7 @@ picture: setup ## docs/images/demo.png, drawn from a real run of the demo
 benchmarks: setup ## the benchmarks, with their bounds
 	@$(BIN)/python benchmarks/plan_step.py
 	@$(BIN)/python benchmarks/mask.py
+	@$(BIN)/python benchmarks/manifest.py
 
 .PHONY: mutants
 mutants: setup ## remove each check of the protocol in turn: some test must go red
