@@ -13,7 +13,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TypeVar, cast
 
 from covey_shared import keys, wire
 from covey_shared.errors import LocalProtocolError, RefusedError, RemoteProtocolError
@@ -49,6 +49,8 @@ from covey_shared.secagg.aggregator import Aggregator, NotEnoughSharesError
 from covey_shared.secagg.cohort import Cohort, Trust, check_ins_digest
 from covey_shared.secagg.parameters import PRG, parameters_for
 from covey_shared.wire import Signed
+
+M = TypeVar("M", bound=Message)
 
 
 class Phase(enum.Enum):
@@ -178,7 +180,8 @@ class Round:
     """The coordinator's side of one round.
 
     trust: the fleet's public keys. key: the coordinator's signing key. admit: (device, identity) ->
-    why it may not take part, or None. present: devices online as far as is known.
+    why it may not take part, or None. present: devices online as far as is known. record: given each
+    message that counts, once and in order: those accepted, and those said to all.
     """
 
     def __init__(
@@ -190,8 +193,10 @@ class Round:
         rng: Rng,
         present: frozenset[DeviceId],
         admit: Callable[[DeviceId, bytes], str | None] = lambda device, identity: None,
+        record: Callable[[Signed[Message]], None] = lambda signed: None,
     ) -> None:
         self.spec = spec
+        self._record = record
         self._trust = trust
         self._key = key
         self._rng = rng
@@ -199,7 +204,8 @@ class Round:
         self._present = set(present)
         self.phase = Phase.GATHER
         self._entered = self._last_sent = 0.0
-        self._reveal_key = AgreementKey(rng(32))
+        self._reveal_secret = rng(32)
+        self._reveal_key = AgreementKey(self._reveal_secret)
         self._check_ins: dict[DeviceId, Signed[CheckIn]] = {}
         self._key_owners: dict[bytes, DeviceId] = {}
         self._declined: dict[DeviceId, str] = {}
@@ -221,7 +227,7 @@ class Round:
     def open(self, now: float) -> list[Action]:
         """Call the round."""
         self._entered = self._last_sent = now
-        self._standing = [Publish(wire.sign(self.spec.call, self._key), retain=True)]
+        self._standing = [Publish(self._said(self.spec.call), retain=True)]
         return [*self._standing, Moved(Phase.GATHER, f"{len(self._present)} devices present")]
 
     def receive(self, data: bytes, sender: DeviceId, now: float, now_unix: int) -> list[Action]:
@@ -301,7 +307,21 @@ class Round:
             ring_sum=hashlib.sha256(pack(ring_sum, cohort.head.bits)).digest(),
             next_model=next_model,
         )
-        return [Publish(wire.sign(result, self._key))]
+        return [Publish(self._said(result))]
+
+    @property
+    def reveal_secret(self) -> bytes:
+        """The private half of the head's pk_reveal, which shows of a round with a result what we know
+        of it, and is nobody's business in any other."""
+        if self.phase is not Phase.DONE:
+            raise LocalProtocolError("a round without a sum keeps what was revealed to it")
+        return self._reveal_secret
+
+    def _said(self, message: M) -> Signed[M]:
+        """Sign what goes to all devices."""
+        signed = wire.sign(message, self._key)
+        self._record(signed)
+        return signed
 
     @property
     def over(self) -> bool:
@@ -344,6 +364,7 @@ class Round:
             self._declined.pop(sender, None)
             self._check_ins[sender] = signed
             self._present.add(sender)
+            self._record(signed)
         return []
 
     def _decline(self, signed: Signed[Decline], sender: DeviceId) -> list[Action]:
@@ -360,7 +381,9 @@ class Round:
                 del self._check_ins[sender]
                 self._key_owners = {k: d for k, d in self._key_owners.items() if d != sender}
         # Before its check-in nothing vouches for a decline; all it can do is save us waiting.
-        self._declined[sender] = for_display(decline.reason)
+        if self._declined.get(sender) != (reason := for_display(decline.reason)):
+            self._record(signed)
+        self._declined[sender] = reason
         return []
 
     def _in_cohort(self, signed: Signed[Message], sender: DeviceId) -> list[Action]:
@@ -389,6 +412,7 @@ class Round:
             ]
         actions = self._verified(cohort, index, signed)
         store[index] = signed
+        self._record(signed)
         return actions
 
     def _store_of(self, message: Message) -> tuple[dict[int, Signed[Message]], Phase]:
@@ -407,12 +431,7 @@ class Round:
         """What is particular to each kind, after sender, round and signature are right."""
         match signed.message:
             case Shares() as shares:
-                if len(shares.boxes) != cohort.n:
-                    raise RefusedError(
-                        f"{shares.device} sent {len(shares.boxes)} boxes; the committee has "
-                        f"{cohort.n} members",
-                        sender=shares.device,
-                    )
+                rules.check_shares(cohort, shares)
             case RosterVote() as vote:
                 rules.verified_roster_vote(cohort, Signed(vote, signed.envelope))
                 if vote.u2 != cohort.bitmap(self.roster):
@@ -420,15 +439,7 @@ class Round:
                         f"{vote.member} votes for another roster", sender=vote.member
                     )
             case MaskedUpdate() as update:
-                encoding = cohort.encoding
-                if index not in self.roster or update.u2 != cohort.bitmap(self.roster):
-                    raise RefusedError(f"{update.device} masked for another roster")
-                if update.payload_bytes != encoding.payload_bytes:
-                    raise RefusedError(
-                        f"{update.device} announces {update.payload_bytes} bytes; an update of this "
-                        f"round has {encoding.payload_bytes}",
-                        sender=update.device,
-                    )
+                rules.check_masked_update(cohort, self.roster, update)
                 return [Expect(update.device, cohort.h, update.payload, update.payload_bytes)]
             case ViewVote() as vote:
                 rules.verified_view_vote(cohort, Signed(vote, signed.envelope))
@@ -483,7 +494,7 @@ class Round:
         self._standing = []
         return [
             Moved(Phase.ABANDONED, reason),
-            Publish(wire.sign(notice, self._key)),
+            Publish(self._said(notice)),
             Abandoned(reason, after_uploads, blamed),
         ]
 
@@ -545,6 +556,7 @@ class Round:
             self.cohort = rules.verified_cohort(manifest, self._trust)
         except RemoteProtocolError as error:  # a certificate that ended while we gathered
             return self._abandon(f"the devices would refuse this manifest: {error}")
+        self._record(manifest)
         return self._enter(Event.ENOUGH, now, f"cohort of {len(chosen)}", Publish(manifest))
 
     def _choose(self, names: list[DeviceId], limit: int) -> list[DeviceId]:
@@ -648,7 +660,7 @@ class Round:
             Event.ENOUGH,
             now,
             f"roster of {len(self.roster)}",
-            Publish(wire.sign(roster, self._key)),
+            Publish(self._said(roster)),
         )
 
     def _end_collect(self, now: float, now_unix: int) -> list[Action]:
@@ -674,7 +686,7 @@ class Round:
             Event.ENOUGH,
             now,
             f"{len(u3)} of {len(self.roster)} updates",
-            Publish(wire.sign(proposal, self._key)),
+            Publish(self._said(proposal)),
         )
         self._standing = [*roster, *self._standing]
         return actions
@@ -689,7 +701,7 @@ class Round:
         # Only who voted may reveal: roster and proposal stay among the repeats.
         before = self._standing
         actions = self._enter(
-            Event.ENOUGH, now, f"view of {len(self.view)}", Publish(wire.sign(view, self._key))
+            Event.ENOUGH, now, f"view of {len(self.view)}", Publish(self._said(view))
         )
         self._standing = [*before, *self._standing]
         return actions

@@ -17,8 +17,10 @@ from covey_shared.messages import (
     CheckIn,
     Head,
     Manifest,
+    MaskedUpdate,
     RosterVote,
     RoundCall,
+    Shares,
     ViewVote,
 )
 from covey_shared.secagg.cohort import (
@@ -184,6 +186,27 @@ def check_expectation(
         )
     if cohort.envelopes[index] != own_check_in:
         raise RefusedError("this device's own check-in was altered in the manifest")
+
+
+def check_shares(cohort: Cohort, shares: Shares) -> None:
+    """One box for each member. Whether they open, only their members find out."""
+    if len(shares.boxes) != cohort.n:
+        raise RefusedError(
+            f"{shares.device} sent {len(shares.boxes)} boxes; the committee has {cohort.n} members",
+            sender=shares.device,
+        )
+
+
+def check_masked_update(cohort: Cohort, roster: frozenset[int], update: MaskedUpdate) -> None:
+    """It is masked for exactly this roster, by one who is on it, and of the size of this round."""
+    if cohort.index_of(update.device) not in roster or update.u2 != cohort.bitmap(roster):
+        raise RefusedError(f"{update.device} masked for another roster")
+    if update.payload_bytes != cohort.encoding.payload_bytes:
+        raise RefusedError(
+            f"{update.device} announces {update.payload_bytes} bytes; an update of this round has "
+            f"{cohort.encoding.payload_bytes}",
+            sender=update.device,
+        )
 
 
 def check_roster(cohort: Cohort, votes: tuple[bytes, ...], u2: bytes) -> frozenset[int]:
