@@ -55,8 +55,8 @@ def declined(actions: Iterable[device.Action]) -> str | None:
     return None
 
 
-class Mallory:
-    """One round of a lying coordinator. What the devices answered is kept by name."""
+class Forger:
+    """What a lying coordinator can say in one round, and work out from the answers, kept by name."""
 
     def __init__(self, lab: Lab, round_id: int = 1, **call: object) -> None:
         self.lab = lab
@@ -73,44 +73,6 @@ class Mallory:
         self.view_votes: dict[DeviceId, bytes] = {}
         self.reveals: dict[DeviceId, Signed[Reveal]] = {}
 
-    # -- talking ----------------------------------------------------------------------------------
-
-    def tell(self, name: DeviceId, message: Message) -> list[device.Action]:
-        """Sign a message, give it to a device, and let the device get on with what it has to do."""
-        return self.give(name, wire.sign(message, self.lab.coordinator_key).envelope)
-
-    def give(self, name: DeviceId, envelope: bytes) -> list[device.Action]:
-        """Give a device bytes that somebody signed."""
-        return self._follow(name, self.lab.sessions[name].receive(envelope))
-
-    def _follow(self, name: DeviceId, actions: list[device.Action]) -> list[device.Action]:
-        session, done = self.lab.sessions[name], []
-        for action in actions:
-            done.append(action)
-            match action:
-                case device.Fetch(call):
-                    prepared = device.Prepared(self.lab.n_params, 1, 1)
-                    done += self._follow(name, session.ready(call.round, prepared))
-                case device.Train(round_id):
-                    update = self.lab.update(name, round_id)
-                    done += self._follow(name, session.trained(round_id, *update))
-                case device.Save(memory):
-                    self.lab.saved[name].append(memory)
-                case device.Upload(payload):
-                    self.payloads[name] = payload
-        return done
-
-    def ask(
-        self, message: Message, kind: type[Message], names: Iterable[DeviceId] | None = None
-    ) -> dict[DeviceId, Signed[Message]]:
-        """Tell devices (by default all that there are in the round) the same thing; their answers of
-        one kind."""
-        answers = {}
-        for name in self.members if names is None else names:
-            for signed in published(self.tell(name, message), kind):
-                answers[name] = signed
-        return answers
-
     @property
     def members(self) -> list[DeviceId]:
         """The devices that are in the round, as far as it has got."""
@@ -118,12 +80,7 @@ class Mallory:
             return list(self.lab.names)
         return [peer.device for peer in self.cohort.peers]
 
-    # -- the steps of a round ---------------------------------------------------------------------
-
-    def gather(self) -> "Mallory":
-        found = self.ask(self.call, CheckIn)
-        self.check_ins = {name: signed.envelope for name, signed in sorted(found.items())}
-        return self
+    # -- what she says ----------------------------------------------------------------------------
 
     def head(self, envelopes: tuple[bytes, ...] | None = None, **changes: object) -> Head:
         """An honest head over these check-ins, with some fields changed."""
@@ -172,14 +129,6 @@ class Mallory:
         signed = wire.sign(manifest, self.lab.coordinator_key)
         return rules.verified_cohort(signed, self.lab.trust)
 
-    def share(self) -> "Mallory":
-        manifest = self.manifest()
-        self.cohort = self.cohort_of(manifest)
-        answers = self.ask(manifest, Shares, self.check_ins)
-        self.shares = {name: signed.message for name, signed in answers.items()}  # type: ignore[misc]
-        self.u2 = frozenset(self.cohort.index_of(name) for name in self.shares)
-        return self
-
     def delivery(
         self, name: DeviceId, u2: frozenset[int] | None = None, **changes: object
     ) -> Delivery:
@@ -195,12 +144,6 @@ class Mallory:
         }
         return Delivery(**(fields | changes))  # type: ignore[arg-type]
 
-    def deliver(self) -> "Mallory":
-        for name in self.members:
-            for vote in published(self.tell(name, self.delivery(name)), RosterVote):
-                self.roster_votes[name] = vote.envelope
-        return self
-
     def roster(self, **changes: object) -> Roster:
         """A roster with as many votes as are needed."""
         votes = tuple(self.roster_votes.values())[: self.cohort.threshold]
@@ -211,11 +154,6 @@ class Mallory:
         }
         return Roster(**(fields | changes))  # type: ignore[arg-type]
 
-    def collect(self) -> "Mallory":
-        self.updates = self.ask(self.roster(), MaskedUpdate)  # type: ignore[assignment]
-        self.u3 = frozenset(self.cohort.index_of(name) for name in self.updates)
-        return self
-
     def proposal(self, u3: frozenset[int] | None = None, **changes: object) -> ViewProposal:
         fields: dict[str, object] = {
             "h": self.cohort.h,
@@ -224,11 +162,6 @@ class Mallory:
         }
         return ViewProposal(**(fields | changes))  # type: ignore[arg-type]
 
-    def propose(self) -> "Mallory":
-        answers = self.ask(self.proposal(), ViewVote)
-        self.view_votes = {name: signed.envelope for name, signed in answers.items()}
-        return self
-
     def view(self, u3: frozenset[int] | None = None, **changes: object) -> View:
         fields: dict[str, object] = {
             "h": self.cohort.h,
@@ -236,10 +169,6 @@ class Mallory:
             "votes": tuple(self.view_votes.values())[: self.cohort.threshold],
         }
         return View(**(fields | changes))  # type: ignore[arg-type]
-
-    def reveal(self) -> "Mallory":
-        self.reveals = self.ask(self.view(), Reveal)  # type: ignore[assignment]
-        return self
 
     # -- what she learns --------------------------------------------------------------------------
 
@@ -288,6 +217,83 @@ class Mallory:
 
     def payload_digest(self, name: DeviceId) -> bytes:
         return hashlib.sha256(self.payloads[name]).digest()
+
+
+class Mallory(Forger):
+    """One round of a lying coordinator, against the devices of a lab."""
+
+    # -- talking ----------------------------------------------------------------------------------
+
+    def tell(self, name: DeviceId, message: Message) -> list[device.Action]:
+        """Sign a message, give it to a device, and let the device get on with what it has to do."""
+        return self.give(name, wire.sign(message, self.lab.coordinator_key).envelope)
+
+    def give(self, name: DeviceId, envelope: bytes) -> list[device.Action]:
+        """Give a device bytes that somebody signed."""
+        return self._follow(name, self.lab.sessions[name].receive(envelope))
+
+    def _follow(self, name: DeviceId, actions: list[device.Action]) -> list[device.Action]:
+        session, done = self.lab.sessions[name], []
+        for action in actions:
+            done.append(action)
+            match action:
+                case device.Fetch(call):
+                    prepared = device.Prepared(self.lab.n_params, 1, 1)
+                    done += self._follow(name, session.ready(call.round, prepared))
+                case device.Train(round_id):
+                    update = self.lab.update(name, round_id)
+                    done += self._follow(name, session.trained(round_id, *update))
+                case device.Save(memory):
+                    self.lab.saved[name].append(memory)
+                case device.Upload(payload):
+                    self.payloads[name] = payload
+        return done
+
+    def ask(
+        self, message: Message, kind: type[Message], names: Iterable[DeviceId] | None = None
+    ) -> dict[DeviceId, Signed[Message]]:
+        """Tell devices (by default all that there are in the round) the same thing; their answers of
+        one kind."""
+        answers = {}
+        for name in self.members if names is None else names:
+            for signed in published(self.tell(name, message), kind):
+                answers[name] = signed
+        return answers
+
+    # -- the steps of a round ---------------------------------------------------------------------
+
+    def gather(self) -> "Mallory":
+        found = self.ask(self.call, CheckIn)
+        self.check_ins = {name: signed.envelope for name, signed in sorted(found.items())}
+        return self
+
+    def share(self) -> "Mallory":
+        manifest = self.manifest()
+        self.cohort = self.cohort_of(manifest)
+        answers = self.ask(manifest, Shares, self.check_ins)
+        self.shares = {name: signed.message for name, signed in answers.items()}  # type: ignore[misc]
+        self.u2 = frozenset(self.cohort.index_of(name) for name in self.shares)
+        return self
+
+    def deliver(self) -> "Mallory":
+        for name in self.members:
+            for vote in published(self.tell(name, self.delivery(name)), RosterVote):
+                self.roster_votes[name] = vote.envelope
+        return self
+
+    def collect(self) -> "Mallory":
+        self.updates = self.ask(self.roster(), MaskedUpdate)  # type: ignore[assignment]
+        self.u3 = frozenset(self.cohort.index_of(name) for name in self.updates)
+        return self
+
+    def propose(self) -> "Mallory":
+        answers = self.ask(self.proposal(), ViewVote)
+        self.view_votes = {name: signed.envelope for name, signed in answers.items()}
+        return self
+
+    def reveal(self) -> "Mallory":
+        self.reveals = self.ask(self.view(), Reveal)  # type: ignore[assignment]
+        return self
 
 
 def dealt_wrongly(lab: Lab, name: DeviceId, members: Iterable[DeviceId]) -> bytes:

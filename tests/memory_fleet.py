@@ -113,12 +113,19 @@ class Fleet:
     """Everything in one event loop. Files go below `directory`."""
 
     def __init__(
-        self, directory: Path, n: int = 4, *, held_out: HeldOut | None = None, network: Network | None = None
-    ) -> None:  # fmt: skip
+        self,
+        directory: Path,
+        n: int = 4,
+        *,
+        held_out: HeldOut | None = None,
+        network: Network | None = None,
+        name: str = FLEET,
+    ) -> None:
         self.directory, self.n, self.held_out = directory, n, held_out
+        self.topics = Topics(name)
         self.network = network or Network()
         ca, self.key = keys.SigningKey(os.urandom(32)), keys.SigningKey(os.urandom(32))
-        self.trust = Trust(FLEET, ca.public, self.key.public)
+        self.trust = Trust(name, ca.public, self.key.public)
         self.bundle: PlanBundle = load_bundle(PLAN)
         self.plain: dict[tuple[int, DeviceId], np.ndarray] = {}
         self.sums: dict[int, Completed] = {}
@@ -166,7 +173,7 @@ class Fleet:
         """A new device, started."""
         device, identity = DeviceId(name), keys.SigningKey(os.urandom(32))
         now = int(time.time())
-        certificate = Certificate(FLEET, device, identity.public, now, now + 3600)
+        certificate = Certificate(self.trust.fleet, device, identity.public, now, now + 3600)
         envelope = wire.sign(certificate, self._ca).envelope
         seat = Seat(
             device, identity, envelope, self.directory / name, FakeTrainer(name),
@@ -197,11 +204,13 @@ class Fleet:
             os.urandom,
             witness,
         )
-        seat.transport = self.network.client(seat.name, Will(TOPICS.presence(seat.name), OFFLINE))
+        seat.transport = self.network.client(
+            seat.name, Will(self.topics.presence(seat.name), OFFLINE)
+        )
         seat.service = DeviceService(
             session,
             seat.identity,
-            FLEET,
+            self.trust.fleet,
             seat.transport,
             memory,
             make_trainer,
