@@ -9,10 +9,14 @@ process with threads. The kernel's tie is to the parent's *thread* that forked.
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
 
+from covey_coordinator.broker.mosquitto import MAX_CONNECTIONS
+
+_FILES_BESIDES = 64
 _PR_SET_PDEATHSIG = 1
 
 
@@ -30,6 +34,16 @@ def die_with_parent(parent_pid: int) -> None:
         sys.exit("the parent process ended before the broker started")
 
 
+def bound_open_files() -> None:
+    """As many as mosquitto may have connections, and some: its own limit can be got round (in 2.0 a
+    client that connects again counts as one less), and the usual limit of 1024 is below it."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + _FILES_BESIDES
+    if most != resource.RLIM_INFINITY:
+        wanted = min(wanted, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
 def main(arguments: list[str]) -> None:
     """Become the broker that the arguments name."""
     die_with_parent(int(arguments[0]))
@@ -38,6 +52,7 @@ def main(arguments: list[str]) -> None:
 
         embedded.main(Path(arguments[2]))
     else:
+        bound_open_files()
         os.execv(arguments[1], arguments[1:])  # noqa: S606 - no shell is wanted
 
 

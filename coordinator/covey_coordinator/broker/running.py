@@ -2,11 +2,12 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -14,7 +15,9 @@ from typing import Literal
 import psutil
 
 from covey_coordinator.broker import embedded, mosquitto
+from covey_coordinator.broker.access import Access
 from covey_coordinator.broker.files import private_directory
+from covey_coordinator.files import write_atomic
 from covey_shared.errors import ConfigError, StorageError, TransportError
 
 HOST = "127.0.0.1"
@@ -27,13 +30,21 @@ _PORT_ATTEMPTS = 3
 _POLL_S = 0.02
 _LOG_LINES = 8
 _LOG_TAIL_BYTES = 16 * 1024
+_RELOAD_S = 10.0
+
+# Of the broker itself; OpenSSL's own, about a client, have more words in front.
+_ERROR = re.compile(rb"^\S+: (Error.*)$", re.MULTILINE)
+
+# (the broker's directory, port) -> its command and version
+_Prepare = Callable[[Path, int], tuple[list[str], str]]
 
 
 class RunningBroker:
     """A broker that accepts connections on 127.0.0.1. ``async with`` stops it at the end.
 
     Not bound to an event loop: it may be started in one and stopped in another.
-    process: the child. log: the file with the broker's own log lines.
+    process: the child. log: the file with the broker's own log lines. access: who gets in, of a
+    networked fleet's; None where users have passwords.
     """
 
     def __init__(
@@ -44,6 +55,7 @@ class RunningBroker:
         directory: Path,
         process: subprocess.Popen[bytes],
         log: Path,
+        access: Access | None = None,
     ) -> None:
         self.kind = kind
         self.version = version
@@ -52,6 +64,7 @@ class RunningBroker:
         self.directory = directory
         self.process = process
         self.log = log
+        self.access = access
 
     def __repr__(self) -> str:
         state = "running" if self.running else "ended"
@@ -59,8 +72,8 @@ class RunningBroker:
 
     @property
     def url(self) -> str:
-        """mqtt://127.0.0.1:port, without a user."""
-        return f"mqtt://{self.host}:{self.port}"
+        """mqtt://127.0.0.1:port, without a user; mqtts:// in a networked fleet."""
+        return f"mqtt{'' if self.access is None else 's'}://{self.host}:{self.port}"
 
     @property
     def running(self) -> bool:
@@ -76,6 +89,41 @@ class RunningBroker:
         except OSError:
             return []
 
+    async def admit(self, access: Access) -> bool:
+        """Let in whom `access` says from now on -> whether that is news.
+
+        Devices that it revokes are silenced when this returns, although their connections stand;
+        other clients notice nothing. Raises ConfigError if it is unusable, and then nothing changes;
+        StorageError; TransportError if mosquitto does not take it, which may then let in anybody: it
+        is to be stopped. mosquitto 2.0 reads its certificate, the list of revoked ones and its rules
+        again on SIGHUP; where it cannot read one of them it goes on without.
+        """
+        if access == self.access:
+            return False
+        await asyncio.to_thread(access.check)
+        new, old = access.files(), {} if self.access is None else self.access.files()
+        for name, content in new.items():
+            if old.get(name) != content:
+                write_atomic(self.directory / name, content, mode=0o600, durable=False)
+        before = self.log.stat().st_size
+        self.process.send_signal(signal.SIGHUP)
+        for _ in range(int(_RELOAD_S / _POLL_S)):
+            if not self.running:
+                break
+            with self.log.open("rb") as file:
+                file.seek(before)
+                _, reloading, said = file.read().partition(b"Reloading config.\n")
+            if error := _ERROR.search(said):
+                raise TransportError(
+                    f"mosquitto cannot use its new rules: {error[1].decode(errors='replace')}"
+                )
+            # what it says while it reloads, it says at once
+            if reloading and await self._answers():
+                self.access = access
+                return True
+            await asyncio.sleep(_POLL_S)
+        raise TransportError("mosquitto does not take its new rules: it does not answer")
+
     async def stop(self, timeout_s: float = 5.0) -> None:
         """Ask it to end, and kill it if it has not after timeout_s. Harmless when it has ended."""
         await self._end(signal.SIGTERM, timeout_s)
@@ -84,6 +132,22 @@ class RunningBroker:
     async def kill(self) -> None:
         """End it at once: nothing is saved, nobody is told."""
         await self._end(signal.SIGKILL, 60.0)
+
+    async def _answers(self) -> bool:
+        """Whether its loop has come round: a connection that speaks no TLS is ended."""
+        try:
+            async with asyncio.timeout(_RELOAD_S):
+                reader, writer = await asyncio.open_connection(self.host, self.port)
+                try:
+                    writer.write(b"\r\n" * 8)
+                    await reader.read()
+                finally:
+                    writer.close()
+        except ConnectionResetError:
+            return True
+        except OSError:
+            return False
+        return True
 
     async def _end(self, signal_number: int, timeout_s: float) -> None:
         if self.running:
@@ -134,9 +198,48 @@ async def start_broker(
                 f"broker user {name!r}: name and password are not empty, and have neither ':' "
                 "nor line breaks"
             )
+
+    def prepare(directory: Path, port: int) -> tuple[list[str], str]:
+        if chosen == "mosquitto":
+            return mosquitto.prepare(directory, HOST, port, dict(users))
+        return embedded.prepare(directory, HOST, port, dict(users))
+
+    return await _start(chosen, directory, prepare, port, timeout_s)
+
+
+async def start_networked_broker(
+    directory: Path,
+    access: Access,
+    *,
+    port: int = 0,
+    host: str | None = None,
+    timeout_s: float = 30.0,
+) -> RunningBroker:
+    """Start mosquitto for clients with certificates, and return once it accepts connections.
+
+    host: the address to listen on; None for all of this machine's, IPv4 and IPv6. Otherwise as
+    `start_broker`; `RunningBroker.admit` changes who gets in. Raises ConfigError also if `access` is
+    unusable.
+    """
+    await asyncio.to_thread(access.check)
+
+    def prepare(directory: Path, port: int) -> tuple[list[str], str]:
+        return mosquitto.prepare_networked(directory, host, port, access)
+
+    return await _start("mosquitto", directory, prepare, port, timeout_s, access)
+
+
+async def _start(
+    kind: BrokerKind,
+    directory: Path,
+    prepare: _Prepare,
+    port: int,
+    timeout_s: float,
+    access: Access | None = None,
+) -> RunningBroker:
     attempts = _PORT_ATTEMPTS if port == 0 else 1
     while True:
-        broker = await _launch(chosen, directory, users, port or _free_port())
+        broker = await _launch(kind, directory, prepare, port or _free_port(), access)
         try:
             await _until_listening(broker, timeout_s)
         except _PortTakenError:
@@ -175,18 +278,15 @@ def _choose(kind: Literal["auto", "embedded", "mosquitto"]) -> BrokerKind:
 
 
 async def _launch(
-    kind: BrokerKind, directory: Path, users: Mapping[str, str], port: int
+    kind: BrokerKind, directory: Path, prepare: _Prepare, port: int, access: Access | None
 ) -> RunningBroker:
     """Write the configuration and start the child; it need not be up yet."""
-    adapter = mosquitto if kind == "mosquitto" else embedded
     # absolute: the child's paths must not depend on where it runs
     directory = directory.absolute()
     try:
         private_directory(directory)
         # hashing passwords takes a while; the fork below stays in this thread, see `__main__`
-        command, version = await asyncio.to_thread(
-            adapter.prepare, directory, HOST, port, dict(users)
-        )
+        command, version = await asyncio.to_thread(prepare, directory, port)
         log = directory / "broker.log"
         if log.exists():
             # what the last one said before it ended is worth a look, and one is enough
@@ -210,7 +310,7 @@ async def _launch(
         )
     finally:
         os.close(fd)
-    return RunningBroker(kind, version, port, directory, process, log)
+    return RunningBroker(kind, version, port, directory, process, log, access)
 
 
 class _PortTakenError(Exception):
