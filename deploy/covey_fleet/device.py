@@ -12,8 +12,9 @@ from pathlib import Path
 
 from covey_device.data import DataConfig
 from covey_device.keystore import MemoryFile
+from covey_device.policy import Policy
 from covey_device.service import DeviceService
-from covey_device.session import Policy, Session
+from covey_device.session import Session
 from covey_device.trainer import Trainer, Work, load_trainer
 from covey_fleet.faults import FaultPlan, FaultyTransport, Vanished
 from covey_fleet.witness import Witness

@@ -3,12 +3,14 @@
 import os
 import ssl
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from covey_device import config as configuration
-from covey_device.config import DeviceConfig
+from covey_device.audit import Audit, AuditLog
+from covey_device.config import DeviceConfig, PolicyFile
 from covey_device.data.config import CsvData, IdxData, NpyData, NpzData, PythonData
 from covey_device.keystore import (
     MemoryFile,
@@ -17,7 +19,7 @@ from covey_device.keystore import (
     load_identity,
 )
 from covey_device.service import DeviceService, limits_of, trainer_factory
-from covey_device.session import Policy, Session
+from covey_device.session import Session
 from covey_shared.config import unreadable
 from covey_shared.errors import ConfigError
 from covey_shared.keys import PublicKey, SigningKey
@@ -38,6 +40,7 @@ class DeviceParts:
     identity: SigningKey
     certificate: bytes
     memory: MemoryFile
+    policy: PolicyFile
     password: str | None
     tls: ssl.SSLContext | None
 
@@ -59,7 +62,8 @@ def load_device(path: Path) -> DeviceParts:
         password = _password(base / config.broker.password_file)
     tls = None if config.broker.ca_file is None else _tls(base / config.broker.ca_file)
     memory = MemoryFile(base / config.state)
-    return DeviceParts(config, base, trust, identity, certificate, memory, password, tls)
+    policy = PolicyFile(base / config.policy)
+    return DeviceParts(config, base, trust, identity, certificate, memory, policy, password, tls)
 
 
 def _password(path: Path) -> str:
@@ -104,23 +108,32 @@ def concerns(parts: DeviceParts, now_unix: float) -> list[str]:
     return found
 
 
+def audit_of(parts: DeviceParts) -> Audit:
+    """The device's own record, in its state directory."""
+    return Audit(AuditLog(parts.base / parts.config.state))
+
+
+def steady_clock() -> Callable[[], float]:
+    """Seconds since 1970 when this was called, and from then on only what really passed: whoever sets
+    the clock of a running device, by NTP or otherwise, changes nothing."""
+    started = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    return lambda: started + time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 def assemble(parts: DeviceParts) -> DeviceService:
     """A device service, not started."""
     config = parts.config
     device = DeviceId(config.device)
-    policy = Policy(
-        min_cohort=config.policy.min_cohort,
-        max_weight=config.policy.max_weight,
-        max_revisions=config.policy.max_revisions,
-    )
+    policy = parts.policy
     session = Session(
         parts.trust,
         parts.identity,
         parts.certificate,
         device,
-        policy,
+        policy.current.policy,
         parts.memory.load(),
         os.urandom,
+        clock=steady_clock(),
     )
     transport = MqttTransport(
         config.broker.url,
@@ -137,10 +150,12 @@ def assemble(parts: DeviceParts) -> DeviceService:
         config.fleet,
         transport,
         parts.memory,
-        trainer_factory(config, parts.base),
-        limits=limits_of(config),
+        trainer_factory(config, parts.base, policy),
+        limits=limits_of(policy.current.limits),
         rng=os.urandom,
         # One thread each: every further one would cost a memory arena of its own.
         pool=ThreadPoolExecutor(1, "covey-protocol"),
         train_pool=ThreadPoolExecutor(1, "covey-training"),
+        policy=policy,
+        audit=audit_of(parts),
     )

@@ -79,6 +79,9 @@ def check(config_path: Path) -> None:
     click.echo(f"device {parts.config.device} of fleet {parts.config.fleet}")
     click.echo(f"broker: {parse_broker_url(parts.config.broker.url)}")
     click.echo(f"last round: {parts.memory.load().last_round}")
+    click.echo(f"policy: {parts.policy.path if parts.policy.path.exists() else 'the defaults'}")
+    for line in parts.policy.current.in_words():
+        click.echo(f"  {line}")
     if found := concerns(parts, time.time()):
         raise ConfigError("; ".join(found))
     click.echo("configuration, identity, certificate, state and data files are there and sound")
@@ -105,5 +108,6 @@ async def _serve(config_path: Path) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, service.policy_may_have_changed)
         await service.run(stop)
         log.info("%s: stopped", config.device)

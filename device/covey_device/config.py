@@ -1,16 +1,28 @@
 """device.toml: everything that an owner can set, as frozen types that mirror the file."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import msgspec
 from msgspec import Meta
 
 from covey_device.data import DataConfig
+from covey_device.policy import MAX_ROUNDS_PER_DAY, Policy
 from covey_shared import config
 from covey_shared.config import Config, FileName, HexKey, Name, PositiveInt, Seconds
 from covey_shared.errors import ConfigError
 from covey_shared.messages import MAX_COHORT
 from covey_shared.mqtt import parse_broker_url
+
+DEFAULT_POLICY = "policy.toml"
+
+PlanHex = Annotated[
+    str,
+    Meta(
+        pattern=r"^[0-9a-f]{64}\Z",
+        description="a plan's hash in quotes: 64 hexadecimal digits, lower case",
+    ),
+]
 
 
 class BrokerConfig(Config, frozen=True):
@@ -31,23 +43,6 @@ class TrustConfig(Config, frozen=True):
     coordinator: HexKey
 
 
-class LimitsConfig(Config, frozen=True):
-    """[limits]: the most this device gives to one round, whatever a round asks for."""
-
-    max_batches: PositiveInt = 10_000
-    max_seconds: Seconds = 600.0
-    max_memory_mb: PositiveInt = 400
-    threads: Annotated[int, Meta(ge=1, le=64)] = 1
-
-
-class PolicyConfig(Config, frozen=True):
-    """[policy]: rounds this device refuses, whatever the coordinator says."""
-
-    min_cohort: Annotated[int, Meta(ge=2, le=MAX_COHORT)] = 3
-    max_weight: PositiveInt = 1_000_000
-    max_revisions: Annotated[int, Meta(ge=0)] = 50
-
-
 class DeviceConfig(Config, frozen=True):
     """device.toml. Paths in it are relative to the file."""
 
@@ -59,8 +54,128 @@ class DeviceConfig(Config, frozen=True):
     identity: FileName = "identity.key"
     certificate: FileName = "certificate"
     state: FileName = "state"
+    policy: FileName = DEFAULT_POLICY
+
+
+class LimitsConfig(Config, frozen=True):
+    """[limits]: the most this device gives to one round, whatever a round asks for."""
+
+    max_batches: PositiveInt = 10_000
+    max_seconds: Seconds = 600.0
+    max_memory_mb: PositiveInt = 400
+    threads: Annotated[int, Meta(ge=1, le=64)] = 1
+
+
+class PolicyConfig(Config, frozen=True):
+    """policy.toml, the owner's own: rounds this device refuses, whatever the coordinator says."""
+
+    min_cohort: Annotated[int, Meta(ge=2, le=MAX_COHORT)] = 3
+    max_weight: PositiveInt = 1_000_000
+    max_revisions: Annotated[int, Meta(ge=0)] = 50
+    rounds_per_day: Annotated[int, Meta(ge=0, le=MAX_ROUNDS_PER_DAY)] = 0
+    plans: Annotated[tuple[PlanHex, ...], Meta(min_length=1)] | None = None
+    owners: Annotated[tuple[HexKey, ...], Meta(min_length=1)] | None = None
     limits: LimitsConfig = LimitsConfig()
-    policy: PolicyConfig = PolicyConfig()
+
+    @property
+    def policy(self) -> Policy:
+        """What decides about rounds."""
+        return Policy(
+            min_cohort=self.min_cohort,
+            max_weight=self.max_weight,
+            max_revisions=self.max_revisions,
+            rounds_per_day=self.rounds_per_day,
+            plans=frozenset(map(bytes.fromhex, self.plans or ())),
+            owners=frozenset(map(bytes.fromhex, self.owners or ())),
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Every key with its value, as a table."""
+        return dict(msgspec.to_builtins(self))
+
+    def in_words(self) -> list[str]:
+        """What this device does and does not, a line each, for its owner."""
+        limits, lines = self.limits, []
+        lines.append(f"takes part in sums of at least {self.min_cohort} devices")
+        lines.append(f"counts in a sum for at most {self.max_weight:,} examples")
+        lines.append(
+            f"gives an update to one and the same model at most {1 + self.max_revisions:,} times"
+        )
+        lines.append(
+            f"joins at most {self.rounds_per_day:,} rounds a day"
+            if self.rounds_per_day
+            else "joins any number of rounds a day"
+        )
+        if self.plans:
+            lines.append(f"runs only the plans {_listed(self.plans)}")
+        if self.owners:
+            lines.append(f"runs only plans signed by {_listed(self.owners)}")
+        if not self.plans and not self.owners:
+            lines.append("runs any plan of the coordinator")
+        lines.append(
+            f"trains at most {limits.max_batches:,} batches and {limits.max_seconds:g} seconds a "
+            f"round, on {limits.threads} thread{'s' if limits.threads > 1 else ''}, within "
+            f"{limits.max_memory_mb:,} MB"
+        )
+        return lines
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    short = [f"{name[:16]}..." for name in names]
+    return short[0] if len(short) == 1 else f"{', '.join(short[:-1])} or {short[-1]}"
+
+
+def load_policy(path: Path) -> PolicyConfig:
+    """Read policy.toml. Without one everything is at its default. Raises ConfigError that names the
+    file and the key; also if another name was given and there is no such file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if path.name == DEFAULT_POLICY:
+            return PolicyConfig()
+        raise ConfigError(
+            f"{path} does not exist; key `policy` of device.toml names it: write one, or remove the key"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise config.unreadable(path, error) from error
+    return config.parse(text, PolicyConfig, file=str(path))
+
+
+class PolicyFile:
+    """policy.toml, read when it is there and again when it changed; never written.
+
+    current: what holds. Raises ConfigError, at the start and whenever it is read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stamp = self._look()
+        self._was_there = self._stamp is not None
+        self.current = load_policy(path)
+
+    def refresh(self, *, anyway: bool = False) -> bool:
+        """Read it again if it changed, or `anyway`; whether something else holds now.
+
+        Raises ConfigError, once for each change, for a file that cannot be used or is gone; what held
+        before goes on holding.
+        """
+        stamp = self._look()
+        if stamp == self._stamp and not anyway:
+            return False
+        self._stamp = stamp
+        self._was_there = self._was_there or stamp is not None
+        if stamp is None and self._was_there:
+            # Its owner may be about to write it anew; what it forbade is not allowed meanwhile.
+            raise ConfigError(f"{self.path} is gone; what it said holds until the next start")
+        was, self.current = self.current, load_policy(self.path)
+        return self.current != was
+
+    def _look(self) -> tuple[int, int, int] | None:
+        try:
+            status = self.path.stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def load(path: Path) -> DeviceConfig:

@@ -9,20 +9,39 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from covey_device.session import Memory
+from covey_device.policy import MAX_ROUNDS_PER_DAY, Day
+from covey_device.session import MAX_VOTES, Memory, Vote
 from covey_shared import config, keys, wire
 from covey_shared.errors import ConfigError, CoveyError, RemoteProtocolError, StorageError
 from covey_shared.messages import Certificate
 
+T = TypeVar("T")
+
+_Count = Annotated[int, Meta(ge=0)]
+_Hex = Annotated[str, Meta(pattern=r"^([0-9a-f]{2})*\Z")]
+
+
+class _DayFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    own_s: _Count = 0
+    seen_unix: int | None = None
+    joined: Annotated[tuple[_Count, ...], Meta(max_length=MAX_ROUNDS_PER_DAY)] = ()
+
 
 class _MemoryFile(msgspec.Struct, forbid_unknown_fields=True):
-    last_round: Annotated[int, Meta(ge=0)]
-    contributed: dict[str, Annotated[int, Meta(ge=0)]]
+    last_round: _Count
+    contributed: dict[str, _Count]
+    day: _DayFile = _DayFile()
+
+
+class _VoteFile(msgspec.Struct, forbid_unknown_fields=True, array_like=True):
+    h: _Hex
+    kind: str
+    body: _Hex
 
 
 # Contributions are remembered per model hash; a device that has seen this many models forgets the
@@ -77,11 +96,17 @@ def certificate_end(envelope: bytes) -> int:
 
 
 class MemoryFile:
-    """The session's memory in one small JSON file. directory: made, mode 0700, if it is not there."""
+    """The session's memory in two small JSON files. directory: made, mode 0700, if it is not there.
+
+    ``memory.json``: rounds and contributions; ``votes.json``: votes, which change twice a round and
+    would otherwise have all contributions written again, on a card that wears.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._path = directory / "memory.json"
+        self._votes = directory / "votes.json"
+        self._kept: dict[Path, bytes] = {}
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -115,47 +140,73 @@ class MemoryFile:
     def load(self) -> Memory:
         """What was saved last; nothing yet for a new device. Raises StorageError for a damaged file,
         rather than starting over: forgetting could mean contributing twice."""
-        try:
-            data = self._path.read_bytes()
-        except FileNotFoundError:
-            return Memory()
-        except OSError as error:
-            raise StorageError(
-                f"cannot read {self._path}: {error.strerror}; check its owner"
-            ) from error
-        try:
-            kept = msgspec.json.decode(data, type=_MemoryFile)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise StorageError(
-                f"{self._path} is damaged ({error}); restore it, or enrol this device anew under "
-                "another name"
-            ) from error
-        return Memory(kept.last_round, kept.contributed)
+        kept = _read(self._path, _MemoryFile) or _MemoryFile(0, {})
+        votes = _read(self._votes, tuple[_VoteFile, ...]) or ()
+        return Memory(
+            kept.last_round,
+            kept.contributed,
+            Day(kept.day.own_s, kept.day.seen_unix, kept.day.joined),
+            tuple(Vote(bytes.fromhex(v.h), v.kind, bytes.fromhex(v.body)) for v in votes),
+        )
 
     def save(self, memory: Memory) -> None:
         """Durable when this returns. Raises StorageError, and keeps the old file."""
+        votes = tuple(_VoteFile(v.h.hex(), v.kind, v.body.hex()) for v in memory.votes[-MAX_VOTES:])
+        if votes or self._votes in self._kept:
+            self._write(self._votes, msgspec.json.encode(votes))
         recent = dict(list(memory.contributed.items())[-MAX_CONTRIBUTIONS:])
-        data = msgspec.json.encode(_MemoryFile(memory.last_round, recent))
-        fresh = self._path.with_suffix(".new")
+        day = _DayFile(memory.day.own_s, memory.day.seen_unix, memory.day.joined)
+        self._write(self._path, msgspec.json.encode(_MemoryFile(memory.last_round, recent, day)))
+
+    def _write(self, path: Path, data: bytes) -> None:
+        if self._kept.get(path) == data:
+            return
+        self._kept.pop(path, None)  # whether it was written is not known if the next line fails
+        write_durably(path, data)
+        self._kept[path] = data
+
+
+def _read(path: Path, kind: type[T]) -> T | None:
+    """None if there is no such file. Raises StorageError."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}; check its owner") from error
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise StorageError(
+            f"{path} is damaged ({error}); restore it, or enrol this device anew under another name"
+        ) from error
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """A whole new file in place of `path`, mode 0600, on the disk when this returns.
+
+    Raises StorageError, and keeps the old file.
+    """
+    fresh = path.with_suffix(".new")
+    try:
+        fresh.unlink(missing_ok=True)
+        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(fd, rest) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        fresh.replace(path)
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        with contextlib.suppress(OSError):
             fresh.unlink(missing_ok=True)
-            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[os.write(fd, rest) :]
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            fresh.replace(self._path)
-            handle = os.open(self._directory, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                fresh.unlink(missing_ok=True)
-            raise StorageError(
-                f"cannot write {self._path}: {error.strerror}; free some space, or check its owner"
-            ) from error
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}; free some space, or check its owner"
+        ) from error

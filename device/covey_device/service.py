@@ -17,8 +17,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from covey_device.audit import Audit
 from covey_device.blobs import BlobFetcher, Ranges
-from covey_device.config import DeviceConfig
+from covey_device.config import DeviceConfig, LimitsConfig, PolicyFile
 from covey_device.keystore import MemoryFile
 from covey_device.session import (
     Action,
@@ -35,6 +36,7 @@ from covey_device.session import (
 from covey_device.trainer import Trainer, TrainResult, Work, load_trainer
 from covey_shared import chunks, wire
 from covey_shared.errors import (
+    ConfigError,
     CoveyError,
     DataError,
     LocalProtocolError,
@@ -46,7 +48,7 @@ from covey_shared.errors import (
 )
 from covey_shared.keys import Rng, SigningKey
 from covey_shared.layout import Flat
-from covey_shared.messages import DeviceId, Head, Message, RoundCall, WantBlob
+from covey_shared.messages import Decline, DeviceId, Head, Message, RoundCall, WantBlob
 from covey_shared.mqtt import publish_all
 from covey_shared.plan import (
     MAX_GRAPH_BYTES,
@@ -74,6 +76,8 @@ GOODBYE_S = 2.0
 METRICS = ("loss",)
 """What rides along with an update, masked like it: the mean training loss."""
 
+_CALL = bytes((RoundCall.CODE,))
+
 TrainerFactory = Callable[[PlanHeader, bytes], Trainer]
 
 
@@ -81,7 +85,8 @@ class DeviceService:
     """One device. transport: not started yet. pool: threads for the protocol's arithmetic.
 
     train_pool: threads for training; a simulated fleet shares one among its devices, so that no
-    more train at once than there are cores. None: the event loop's own.
+    more train at once than there are cores. None: the event loop's own. policy: the owner's file, whose
+    limits go before `limits`. audit: told of everything before it is done. Simulations have neither.
     """
 
     def __init__(
@@ -97,6 +102,8 @@ class DeviceService:
         rng: Rng,
         pool: Executor | None = None,
         train_pool: Executor | None = None,
+        policy: PolicyFile | None = None,
+        audit: Audit | None = None,
     ) -> None:
         self._session = session
         self._identity = identity
@@ -107,6 +114,8 @@ class DeviceService:
         self._memory = memory
         self._make_trainer = make_trainer
         self._limits = limits
+        self._policy, self._audit = policy, audit
+        self._limits_in_force = policy.current.limits if policy else None
         self._rng = rng
         self._pool, self._train_pool = pool, train_pool
         self._lock = asyncio.Lock()
@@ -138,6 +147,8 @@ class DeviceService:
     async def start(self) -> None:
         """Connect, and go on connecting; returns at once."""
         topics = self._topics
+        if (policy := self._policy) is not None:
+            await self._told(lambda audit: audit.policy(policy.current.facts()))
         await self.transport.start(self._on_message, self._on_connected, self._on_disconnected)
         await self.transport.subscribe(topics.round, topics.all, topics.inbox(self.device))
         self._spawn(self._tasks, self._work())
@@ -212,6 +223,8 @@ class DeviceService:
     async def _ask(self, digest: bytes, ranges: Ranges) -> None:
         want = WantBlob(fleet=self._fleet, device=self.device, blob=digest, ranges=ranges)
         signed = wire.sign(want, self._identity)
+        if self._audit is not None:
+            self._audit.requested(len(signed.envelope))
         await self.transport.publish(self._topics.outbox(self.device), signed.envelope)
 
     # -- the session ------------------------------------------------------------------------------
@@ -222,6 +235,8 @@ class DeviceService:
             self._inbox_bytes -= len(data) + _MESSAGE_OVERHEAD_BYTES
             self._flooded = self._flooded and bool(self._inbox_bytes)
             try:
+                if data[1:2] == _CALL:
+                    await self.reload_policy()
                 await self._do(lambda data=data: self._session.receive(data))  # type: ignore[misc]
             except RemoteProtocolError as error:
                 log.debug("%s: refused a message: %s", self.device, error)
@@ -233,8 +248,10 @@ class DeviceService:
         """Run a step of the session in a thread, one at a time, and carry its actions out."""
         async with self._lock:
             actions = await self._in_thread(self._pool, step)
+            self._announce(actions)
             for position, action in enumerate(actions):
                 try:
+                    await self._record(action)
                     await self.perform(action)
                 except StorageError as error:
                     # What could not be saved must not be acted on: the rest of the list is dropped.
@@ -247,8 +264,72 @@ class DeviceService:
         if round_id is not None:
             for action in self._session.leave(round_id, reason):
                 if not isinstance(action, Save):
+                    await self._record(action)
                     await self.perform(action)
         log.debug("%s: dropped %d actions", self.device, len(dropped))
+
+    def policy_may_have_changed(self) -> None:
+        """Read it again soon, changed or not: for a signal's handler, which cannot wait."""
+        self._spawn(self._tasks, self.reload_policy(anyway=True))
+
+    async def reload_policy(self, *, anyway: bool = False) -> None:
+        """Read the owner's policy again if it changed, or `anyway`; it holds from the next round on."""
+        if self._policy is None:
+            return
+        policy = self._policy
+        try:
+            if not await self._in_thread(self._pool, lambda: policy.refresh(anyway=anyway)):
+                return
+        except ConfigError as error:
+            log.error("%s: %s; the policy stays as it was", self.device, error)
+            return
+        log.info("%s: %s was read again", self.device, policy.path)
+        self._session.policy = policy.current.policy
+        await self._told(lambda audit: audit.policy(policy.current.facts()))
+
+    # -- the owner's record -----------------------------------------------------------------------
+
+    def _announce(self, actions: list[Action]) -> None:
+        """A refusal comes before the end of its round, which knows what was called."""
+        if self._audit is not None:
+            for action in actions:
+                if isinstance(action, Ended) and action.call is not None:
+                    self._audit.refusing(action.call)
+
+    async def _record(self, action: Action) -> None:
+        """Write down what is about to be done. Raises StorageError: then it must not be done."""
+        audit = self._audit
+        if audit is None:
+            return
+        match action:
+            case Publish(message) if isinstance(message.message, Decline):
+                # Leaving a round is what is left to do when nothing can be written any more.
+                await self._told(lambda audit: audit.leaving(message))
+            case Publish(message):
+                await self._in_thread(self._pool, lambda: audit.leaving(message))
+            case Upload(payload, ranges) if ranges is not None:
+                audit.sent_again(sum(map(len, _parts(payload, ranges))))
+            case Fetch(call):
+                audit.called(call)
+            case Train(_, head):
+                audit.cohort(head)
+            case Ended(round_id, outcome, contributed):
+                await self._told(
+                    lambda audit: audit.ended(round_id, outcome, contributed=contributed)
+                )
+
+    async def _told(self, entry: Callable[[Audit], None]) -> None:
+        """Write down what cannot be undone or must be done anyway."""
+        audit = self._audit
+        if audit is not None:
+            try:
+                await self._in_thread(self._pool, lambda: entry(audit))
+            except StorageError as error:
+                log.error("%s: %s", self.device, error)
+
+    def _trouble(self, round_id: int, problem: str) -> None:
+        if self._audit is not None:
+            self._audit.trouble(round_id, problem)
 
     @staticmethod
     async def _in_thread(pool: Executor | None, step: Callable[[], T]) -> T:
@@ -300,12 +381,9 @@ class DeviceService:
                 log.exception("%s: cannot send; the service goes on", self.device)
 
     def _frames(self, upload: Upload) -> Iterator[tuple[str, bytes]]:
-        blob = chunks.blob_of(upload.payload)
         topic = self._topics.upload(self.device)
-        ranges = ((0, blob.n_chunks),) if upload.ranges is None else upload.ranges
-        for first, count in ranges:
-            for index in range(first, min(first + count, blob.n_chunks)):
-                yield topic, chunks.frame(blob, index)
+        for frame in _parts(upload.payload, upload.ranges):
+            yield topic, frame
 
     async def send(self, message: Signed[Message]) -> None:
         """Publish one signed message; returns when the broker has it."""
@@ -313,7 +391,15 @@ class DeviceService:
 
     # -- plan, model, training --------------------------------------------------------------------
 
+    def _take_limits(self) -> None:
+        """The owner's limits as they are when a round begins."""
+        if self._policy is not None and self._policy.current.limits != self._limits_in_force:
+            self._limits_in_force = self._policy.current.limits
+            self._limits = limits_of(self._limits_in_force)
+            self._plan = None  # what was prepared within the old limits
+
     async def _fetch(self, call: RoundCall) -> None:
+        self._take_limits()
         try:
             header = await self._fetch_plan(call)
             if call.model_bytes != 4 * header.n_params:
@@ -327,15 +413,19 @@ class DeviceService:
                 self._model = (call.model, np.frombuffer(data, dtype="<f4").astype(np.float32))
         except CoveyError as error:
             log.warning("%s: round %d: %s", self.device, call.round, error)
+            self._trouble(call.round, str(error))
             reason = error.public
             await self._do(lambda: self._session.leave(call.round, reason))
             return
-        except Exception:
+        except Exception as error:
             # A data source is the owner's own code: whatever it does costs this round and no more.
+            self._trouble(call.round, f"{type(error).__name__}: {error}")
             log.exception("%s: round %d: cannot prepare", self.device, call.round)
             reason = CoveyError.public
             await self._do(lambda: self._session.leave(call.round, reason))
             return
+        if self._audit is not None:
+            self._audit.prepared(call.round, header.name)
         prepared = Prepared(header.n_params, len(header.hyperparameters), len(METRICS))
         await self._do(lambda: self._session.ready(call.round, prepared))
 
@@ -373,11 +463,14 @@ class DeviceService:
             )
             return
         except (CoveyError, MemoryError) as error:
-            log.warning("%s: round %d: %s", self.device, round_id, str(error) or "out of memory")
+            problem = str(error) or "out of memory"
+            log.warning("%s: round %d: %s", self.device, round_id, problem)
+            self._trouble(round_id, problem)
             reason = error.public if isinstance(error, CoveyError) else "it ran out of memory"
             if isinstance(error, DataError):
                 self._plan = None  # the source is opened anew: its files may have changed
-        except Exception:
+        except Exception as error:
+            self._trouble(round_id, f"{type(error).__name__}: {error}")
             log.exception("%s: round %d: cannot train", self.device, round_id)
             reason = CoveyError.public
         await self._do(lambda: self._session.training_failed(round_id, reason))
@@ -407,6 +500,14 @@ class DeviceService:
         )
 
 
+def _parts(payload: bytes, ranges: tuple[tuple[int, int], ...] | None) -> Iterator[bytes]:
+    """An upload's chunks: all, or those of the (first, count) ranges."""
+    blob = chunks.blob_of(payload)
+    for first, count in ((0, blob.n_chunks),) if ranges is None else ranges:
+        for index in range(first, min(first + count, blob.n_chunks)):
+            yield chunks.frame(blob, index)
+
+
 def _tamed(step: Callable[[], T]) -> Callable[[], T]:
     """A step that may run the owner's code, which must not end the process or its thread.
 
@@ -422,18 +523,21 @@ def _tamed(step: Callable[[], T]) -> Callable[[], T]:
     return tamed
 
 
-def trainer_factory(config: DeviceConfig, base: Path) -> TrainerFactory:
-    """Trainers on this device's configured data. base: the configuration file's folder."""
+def trainer_factory(config: DeviceConfig, base: Path, policy: PolicyFile) -> TrainerFactory:
+    """Trainers on this device's configured data, within its owner's limits of the moment.
+
+    base: the configuration file's folder.
+    """
 
     def make(header: PlanHeader, train_graph: bytes) -> Trainer:
-        return load_trainer(header, train_graph, config.data, base, config.limits.threads)
+        threads = policy.current.limits.threads
+        return load_trainer(header, train_graph, config.data, base, threads)
 
     return make
 
 
-def limits_of(config: DeviceConfig) -> Work:
+def limits_of(limits: LimitsConfig) -> Work:
     """The owner's limits as the most work of one round."""
-    limits = config.limits
     return Work(
         batches=limits.max_batches,
         batch_size=1,

@@ -13,9 +13,12 @@ After an upload the device may vanish for good. If it stays, it serves on the co
 """
 
 import enum
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from covey_device.policy import Day, Policy
 from covey_shared import wire
 from covey_shared.errors import LocalProtocolError, RefusedError, RemoteProtocolError
 from covey_shared.keys import Rng, SigningKey
@@ -32,10 +35,12 @@ from covey_shared.messages import (
     Message,
     Result,
     Roster,
+    RosterVote,
     RoundAbandoned,
     RoundCall,
     View,
     ViewProposal,
+    ViewVote,
     WantUpload,
     for_display,
 )
@@ -130,28 +135,32 @@ TRANSITIONS: dict[Phase, dict[Event, Phase]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Vote:
+    """A vote that this device signed: of which manifest, its label, and the SHA-256 of its body."""
+
+    h: bytes
+    kind: str
+    body: bytes
+
+
+MAX_VOTES = 16
+"""Votes that are remembered: those of the last eight rounds."""
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """The few facts that must outlive a crash.
 
     last_round: no round up to this one is ever joined (again), so that a restart cannot sign, mask
     or contribute twice. contributed: model hash (hex) -> highest revision an update was sent for.
+    day: the last check-ins, for the owner's bound on rounds a day. votes: the last ones signed; they
+    stand in the way of a second vote on one manifest even if `last_round` were wrong.
     """
 
     last_round: int = 0
     contributed: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """The owner's word, which no coordinator can override.
-
-    min_cohort: smallest sum to be part of. max_weight: largest w_max. max_revisions: how often one
-    and the same model may be asked for again after abandoned rounds.
-    """
-
-    min_cohort: int = 3
-    max_weight: int = 1_000_000
-    max_revisions: int = 50
+    day: Day = field(default_factory=Day)
+    votes: tuple[Vote, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,11 +209,13 @@ class Save:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The round is over for this device. contributed: its update is in the sum."""
+    """The round is over for this device. contributed: its update is in the sum. call: what it was
+    called to."""
 
     round_id: int
     outcome: str
     contributed: bool
+    call: RoundCall | None = field(default=None, compare=False, repr=False)
 
 
 Action = Publish | Upload | Fetch | Train | StopTraining | Save | Ended
@@ -222,8 +233,9 @@ class Prepared:
 class _Round:
     """All that a device knows of the round it is in. Thrown away at its end."""
 
-    def __init__(self, call: Signed[RoundCall]) -> None:
+    def __init__(self, call: Signed[RoundCall], policy: Policy) -> None:
         self.call = call
+        self.policy = policy
         self.participant: Participant | None = None
         self.member: CommitteeMember | None = None
         self.prepared: Prepared | None = None
@@ -237,8 +249,10 @@ class _Round:
 class Session:
     """The device's side of all rounds, one at a time.
 
-    certificate: the envelope the fleet CA signed for `identity`. memory: what the key store kept.
-    witness: told each encoded update before it is masked; for simulations, never set in the field.
+    certificate: the envelope the fleet CA signed for `identity`. policy: may be replaced at any time;
+    a round that was begun goes on under the one it was begun with. memory: what the key store kept.
+    clock: seconds since 1970, for the bound on rounds a day alone. witness: told each encoded update
+    before it is masked; for simulations, never set in the field.
     """
 
     def __init__(
@@ -251,14 +265,18 @@ class Session:
         memory: Memory,
         rng: Rng,
         witness: Callable[[int, Ring], None] | None = None,
+        *,
+        clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._trust = trust
         self._identity = identity
         self._certificate = certificate
         self.device = device
-        self._policy = policy
+        self.policy = policy
         self._memory = memory
+        self._saved_day = memory.day
         self._rng = rng
+        self._clock = clock
         self._witness = witness
         # An earlier process of this device may have died in that round, with its keys.
         self._cut_off = memory.last_round
@@ -354,22 +372,31 @@ class Session:
         if self._round is not None:
             actions += self._end("another round was called", contributed=False)
         self.phase = self._next(Event.CALL)
-        self._round = _Round(signed)
-        if (reason := self._objection(call)) is not None:
-            return [*actions, *self.leave(call.round, reason)]
-        return [*actions, Fetch(call)]
+        self._round = _Round(signed, self.policy)
+        now, memory = self._clock(), self._memory
+        reason = self.policy.objection(call, memory.contributed, memory.day, now)
+        self._memory = replace(memory, day=memory.day.at(now))
+        if reason is None:
+            return [*actions, Fetch(call)]
+        if self._memory.day.worth_saving(self._saved_day):
+            actions.append(self._save())
+        return [*actions, *self.leave(call.round, reason)]
 
-    def _objection(self, call: RoundCall) -> str | None:
-        """Why the owner's policy, or what we did before, forbids this round; None if nothing does."""
-        sent = self._memory.contributed.get(call.model.hex())
-        if sent is not None and call.revision <= sent:
-            return "this device already contributed to this model"
-        if call.revision > self._policy.max_revisions:
-            return (
-                f"this model was asked for {call.revision} times before; this device's policy "
-                f"allows {self._policy.max_revisions}"
-            )
-        return None
+    def _save(self, **changes: Any) -> Save:
+        """Change the memory, and have it kept."""
+        self._memory = replace(self._memory, **changes)
+        self._saved_day = self._memory.day
+        return Save(self._memory)
+
+    def _pledge(self, vote: RosterVote | ViewVote) -> None:
+        """Note a vote before it is signed. Raises RefusedError if another was signed in its place."""
+        mine = Vote(vote.h, vote.LABEL, hashlib.sha256(wire.body_of(vote)).digest())
+        for before in self._memory.votes:
+            if (before.h, before.kind) == (mine.h, mine.kind) and before.body != mine.body:
+                raise RefusedError(f"a second, different {vote.LABEL} for one manifest")
+        if mine not in self._memory.votes:
+            votes = (*self._memory.votes, mine)[-MAX_VOTES:]
+            self._memory = replace(self._memory, votes=votes)
 
     def ready(self, round_id: int, prepared: Prepared) -> list[Action]:
         """Plan and model are here and checked: make this round's keys and check in."""
@@ -382,8 +409,8 @@ class Session:
             self._trust, self._identity, self._certificate, self.device, call, self._rng
         )
         current.prepared, current.participant = prepared, participant
-        self._memory = Memory(call.round, self._memory.contributed)
-        return [Save(self._memory), Publish(participant.check_in)]
+        save = self._save(last_round=call.round, day=self._memory.day.join(self._clock()))
+        return [save, Publish(participant.check_in)]
 
     def _check_in_again(self) -> list[Action]:
         """The call came again: the coordinator may have missed our check-in."""
@@ -407,14 +434,14 @@ class Session:
             n_params=prepared.n_params,
             n_hyperparameters=prepared.n_hyperparameters,
             n_metrics=prepared.n_metrics,
-            min_cohort=self._policy.min_cohort,
-            max_weight=self._policy.max_weight,
+            min_cohort=current.policy.min_cohort,
+            max_weight=current.policy.max_weight,
         )
         shares = participant.share(signed, expected)
         if participant.cohort is None:
             raise LocalProtocolError("shares were made without a cohort")
         current.member = CommitteeMember(
-            participant.cohort, self.device, self._identity, participant.seal_key
+            participant.cohort, self.device, self._identity, participant.seal_key, self._pledge
         )
         self.phase = self._next(Event.MANIFEST)
         return [Publish(shares), Train(head.round, head)]
@@ -430,7 +457,7 @@ class Session:
                 raise RefusedError("a delivery for another roster than the one that stands")
         vote = member.vote_roster(message)
         self.phase = self._next(Event.DELIVERY)
-        return [Publish(vote)]
+        return [self._save(), Publish(vote)]
 
     def _roster(self, current: _Round, message: Roster) -> list[Action]:
         self._refuse_out_of_order(Event.ROSTER, "roster")
@@ -455,7 +482,7 @@ class Session:
         if not member.has_voted_roster:
             raise OutOfOrderError("a view proposal before this device's boxes")
         vote = member.vote_view(message, participant.roster, uploaded=current.payload is not None)
-        actions: list[Action] = [Publish(vote)]
+        actions: list[Action] = [self._save(), Publish(vote)]
         if self.phase is Phase.ROSTERED:  # too slow: the view was fixed without us
             participant.forget()
             actions.append(StopTraining(current.call.message.round))
@@ -521,8 +548,8 @@ class Session:
         current.payload, current.upload_digest = payload, signed.message.payload
         call = current.call.message
         contributed = {**self._memory.contributed, call.model.hex(): call.revision}
-        self._memory = Memory(self._memory.last_round, contributed)
-        actions: list[Action] = [Save(self._memory), Publish(signed), Upload(payload)]
+        save = self._save(contributed=contributed)
+        actions: list[Action] = [save, Publish(signed), Upload(payload)]
         # The roster coming again means that the coordinator may have missed the digest.
         envelope, _ = current.answered.get(Roster, (b"", ()))
         if envelope:
@@ -563,7 +590,8 @@ class Session:
     def _end(self, outcome: str, *, contributed: bool) -> list[Action]:
         current = self._in_round()
         training = self.phase in (Phase.TRAINING, Phase.ROSTERED)
-        round_id = current.call.message.round
+        call = current.call.message
+        round_id = call.round
         if current.participant is not None:
             current.participant.forget()
         if current.member is not None:
@@ -571,9 +599,9 @@ class Session:
         self.phase = self._next(Event.END)
         self._round = None
         if round_id > self._memory.last_round:
-            self._memory = Memory(round_id, self._memory.contributed)
+            self._memory = replace(self._memory, last_round=round_id)
         actions: list[Action] = [StopTraining(round_id)] if training else []
-        return [*actions, Ended(round_id, outcome, contributed)]
+        return [*actions, Ended(round_id, outcome, contributed, call)]
 
     def _in_round(self) -> _Round:
         if self._round is None:

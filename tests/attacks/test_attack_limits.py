@@ -5,7 +5,7 @@ A change that makes one of them fail is good news, and then the document has to 
 
 import numpy as np
 
-from covey_device.session import Policy
+from covey_device.policy import Policy
 from covey_shared import wire
 from covey_shared.errors import MalformedError
 from covey_shared.fixedpoint import to_signed

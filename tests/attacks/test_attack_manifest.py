@@ -18,7 +18,7 @@ from covey_shared import keys, wire
 from covey_shared.errors import MalformedError, RefusedError, SignatureError
 from covey_shared.fixedpoint import to_signed, unpack
 from covey_shared.masking import add_masks, self_mask_key
-from covey_shared.messages import CheckIn, Head, Manifest, MaskedUpdate, RosterVote, Shares
+from covey_shared.messages import CheckIn, Decline, Head, Manifest, MaskedUpdate, RosterVote, Shares
 from covey_shared.secagg import rules
 from covey_shared.secagg.cohort import manifest_digest
 from lab import NOW_UNIX, Lab
@@ -206,7 +206,14 @@ def test_low_minimum_below_the_call(lab):
 
 
 def test_low_minimum_below_the_owners(lab):
-    mallory = Mallory(lab, n_min=2).gather()
+    # Already in the call: then the device does not even check in.
+    mallory = Mallory(lab, n_min=2)
+    for name in lab.names:
+        actions = mallory.tell(name, mallory.call)
+        assert "takes part among at least 3" in declined(actions)
+        assert [type(action.message.message) for action in actions[:-1]] == [Decline]
+    # Or only in the manifest, after a call that was as it should be.
+    mallory = Mallory(lab, 2).gather()
     refuses(mallory, mallory.manifest(n_min=2), "takes part among at least 3")
 
 

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from covey_device.session import Policy
+from covey_device.policy import Policy
 from covey_shared import keys, sharing, wire
 from covey_shared.errors import LocalProtocolError, RefusedError
 from covey_shared.messages import MaskedUpdate, Reveal, RosterVote, ViewVote

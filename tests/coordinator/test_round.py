@@ -8,7 +8,7 @@ import pytest
 
 from covey_coordinator import round as coordinator
 from covey_coordinator.round import TRANSITIONS, Event, Phase
-from covey_device.session import Policy
+from covey_device.policy import Policy
 from covey_shared import messages, wire
 from covey_shared.errors import (
     LocalProtocolError,

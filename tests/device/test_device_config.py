@@ -8,8 +8,7 @@ import tomli_w
 
 from config_walk import Key, drop, keys_of, put, wrong_values
 from covey_device import config
-from covey_device.config import DeviceConfig, LimitsConfig, PolicyConfig
-from covey_device.session import Policy
+from covey_device.config import DeviceConfig
 from covey_shared.errors import ConfigError
 
 BASE: dict[str, Any] = {
@@ -56,19 +55,6 @@ def test_every_kind_of_data_loads(tmp_path: Path):
         assert load(tmp_path, BASE | {"data": data}).data.__class__.__struct_config__.tag == (
             tag or "npz"
         )
-
-
-def test_defaults_are_the_session_s_own(tmp_path: Path):
-    read = load(tmp_path, BASE | {"data": DATA["npz"]})
-    assert read.limits == LimitsConfig()
-    assert read.policy == PolicyConfig()
-    policy = Policy()
-    assert (policy.min_cohort, policy.max_weight, policy.max_revisions) == (3, 1_000_000, 50)
-    assert read.policy == PolicyConfig(
-        min_cohort=policy.min_cohort,
-        max_weight=policy.max_weight,
-        max_revisions=policy.max_revisions,
-    )
 
 
 @pytest.mark.parametrize("key", KEYS, ids=name_of)

@@ -15,7 +15,8 @@ import pytest
 import covey_device.keystore
 from covey_coordinator.config import CohortConfig
 from covey_device import service as device_service
-from covey_device.session import Policy, Session
+from covey_device.policy import Policy
+from covey_device.session import Session
 from covey_device.trainer import Work
 from covey_shared.errors import DataError, TrainingError
 from covey_shared.messages import RosterVote

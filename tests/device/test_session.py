@@ -3,11 +3,15 @@
 What it refuses of a lying coordinator is in tests/attacks.
 """
 
+import hashlib
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from covey_device import session as device
-from covey_device.session import Event, Memory, Phase, Policy
+from covey_device.policy import Policy
+from covey_device.session import Event, Memory, Phase
 from covey_shared import keys, wire
 from covey_shared.errors import LocalProtocolError, RefusedError, SignatureError
 from covey_shared.messages import (
@@ -105,10 +109,12 @@ def test_a_device_speaks_in_this_order(lab):
         CheckIn,
         Shares,
         device.Train,
+        device.Save,
         RosterVote,
         device.Save,
         MaskedUpdate,
         device.Upload,
+        device.Save,
         ViewVote,
         Reveal,
     ]
@@ -122,13 +128,17 @@ def test_what_a_device_must_not_do_twice_is_saved_before_it_is_done(lab):
     name = lab.names[0]
     play = lab.round().run()
     order = kinds(play.actions[name])
-    assert order.index(device.Save) < order.index(CheckIn)
-    second = order.index(device.Save, order.index(CheckIn))
-    assert second < order.index(MaskedUpdate) < order.index(device.Upload)
-    assert lab.saved[name] == [
-        Memory(1, {}),
-        Memory(1, {lab.model.hex(): 0}),
-    ]
+    for kind in (CheckIn, RosterVote, MaskedUpdate, ViewVote):
+        assert order[order.index(kind) - 1] is device.Save
+    joined, roster, update, view = lab.saved[name]
+    assert (joined.last_round, joined.contributed, joined.votes) == (1, {}, ())
+    assert joined.day.rounds == 1
+    assert [vote.kind for vote in roster.votes] == [RosterVote.LABEL]
+    assert update == replace(roster, contributed={lab.model.hex(): 0})
+    assert [vote.kind for vote in view.votes] == [RosterVote.LABEL, ViewVote.LABEL]
+    for kind, vote in zip((RosterVote, ViewVote), view.votes, strict=True):
+        [sent] = published(play.actions[name], kind)
+        assert (vote.h, vote.body) == (sent.message.h, hashlib.sha256(sent.body).digest())
 
 
 @pytest.mark.parametrize("until", STEPS)
@@ -238,7 +248,8 @@ def test_a_model_may_be_asked_for_again_after_an_abandoned_round(lab):
     played(lab, until="collect")
     again = played(lab, until="collect", round_id=2, revision=3)
     assert set(again.updates) == set(lab.names)
-    assert lab.saved[name][-1] == Memory(2, {lab.model.hex(): 3})
+    assert lab.saved[name][-1].last_round == 2
+    assert lab.saved[name][-1].contributed == {lab.model.hex(): 3}
     for revision in (0, 3):  # each revision once, and never back
         actions = again.tell(name, lab.call(4 + revision, revision=revision))
         assert "already contributed" in declined(actions)
@@ -270,17 +281,17 @@ def test_a_model_is_not_asked_for_without_end(lab):
 
 
 @pytest.mark.parametrize(
-    ("policy", "because"),
+    ("policy", "head", "because"),
     [
-        (Policy(min_cohort=4), "takes part among at least 4"),
-        (Policy(max_weight=999), "this device allows 999"),
+        (Policy(min_cohort=4), {"n_min": 3}, "takes part among at least 4"),
+        (Policy(max_weight=999), {}, "this device allows 999"),
     ],
 )
-def test_the_owners_bounds(lab, policy, because):
+def test_the_owners_bounds_hold_for_the_manifest(lab, policy, head, because):
     name = lab.names[0]
     lab.sessions[name] = lab.session(name, policy=policy)
-    mallory = Mallory(lab).gather()
-    assert because in declined(mallory.tell(name, mallory.manifest()))
+    mallory = Mallory(lab, n_min=4).gather()
+    assert because in declined(mallory.tell(name, mallory.manifest(**head)))
 
 
 def test_bounds_that_are_just_met(lab):
@@ -625,7 +636,7 @@ def test_a_device_too_slow_for_the_view_stops_training_and_votes(lab):
     name = lab.names[0]
     mallory = training(lab, name).deliver().collect()
     actions = mallory.tell(name, mallory.proposal())
-    assert kinds(actions) == [ViewVote, device.StopTraining]
+    assert kinds(actions) == [device.Save, ViewVote, device.StopTraining]
     participant = lab.sessions[name]._round.participant
     assert participant._s == participant._b == b""
     assert lab.sessions[name].trained(1, *lab.update(name, 1)) == []

@@ -8,7 +8,7 @@ import pytest
 
 from config_walk import Key, keys_of
 from covey_coordinator.config import FleetConfig, RunConfig
-from covey_device.config import DeviceConfig
+from covey_device.config import DeviceConfig, PolicyConfig
 from covey_shared.config import describe, parse
 
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
@@ -16,6 +16,7 @@ FILES: dict[str, Any] = {
     "covey.toml": FleetConfig,
     "run.toml": RunConfig,
     "device.toml": DeviceConfig,
+    "policy.toml": PolicyConfig,
 }
 
 

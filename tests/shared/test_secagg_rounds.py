@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from covey_coordinator.round import Phase
-from covey_device.session import Policy
+from covey_device.policy import Policy
 from covey_shared import messages
 from covey_shared.secagg.parameters import parameters_for
 from lab import Lab, Mail, Parcel, Play, Weather

@@ -8,6 +8,8 @@ forgets all shares when it has.
 Source: Bonawitz et al. 2017, figure 4 (rounds 3 and 4: consistency check and unmasking).
 """
 
+from collections.abc import Callable
+
 from covey_shared import keys, wire
 from covey_shared.errors import LocalProtocolError, RefusedError, RemoteProtocolError
 from covey_shared.keys import AgreementKey, SigningKey
@@ -33,17 +35,30 @@ def reveal_info(h: bytes, member: str) -> bytes:
     return REVEAL_INFO + h + member.encode()
 
 
+def _unpledged(vote: RosterVote | ViewVote) -> None:
+    """For members whose votes nobody keeps."""
+
+
 class CommitteeMember:
-    """One device's duties as a share holder in one round."""
+    """One device's duties as a share holder in one round.
+
+    pledge: told each vote before it is signed; it may raise RemoteProtocolError, and then nothing is.
+    """
 
     def __init__(
-        self, cohort: Cohort, device: DeviceId, identity: SigningKey, seal_key: AgreementKey
+        self,
+        cohort: Cohort,
+        device: DeviceId,
+        identity: SigningKey,
+        seal_key: AgreementKey,
+        pledge: Callable[[RosterVote | ViewVote], None] = _unpledged,
     ) -> None:
         self._cohort = cohort
         self._device = device
         self._index = cohort.index_of(device)
         self._identity = identity
         self._seal_key = seal_key
+        self._pledge = pledge
         self._shares: dict[int, bytes] = {}  # peer index -> share of b, share of s
         self._voted_roster: bytes | None = None
         self._voted_view: bytes | None = None
@@ -75,16 +90,15 @@ class CommitteeMember:
                 )
             except RemoteProtocolError:
                 continue
-        self._voted_roster = delivery.u2
-        return wire.sign(
-            RosterVote(
-                h=cohort.h,
-                member=self._device,
-                u2=delivery.u2,
-                readable=cohort.bitmap(self._shares.keys() & u2),
-            ),
-            self._identity,
+        vote = RosterVote(
+            h=cohort.h,
+            member=self._device,
+            u2=delivery.u2,
+            readable=cohort.bitmap(self._shares.keys() & u2),
         )
+        self._pledge(vote)
+        self._voted_roster = delivery.u2
+        return wire.sign(vote, self._identity)
 
     @property
     def has_voted_roster(self) -> bool:
@@ -113,11 +127,10 @@ class CommitteeMember:
         view = rules.check_view_shape(cohort, roster, proposal.u3)
         if self._index in view and not uploaded:
             raise RefusedError("the view claims an update of this device that it never sent")
+        vote = ViewVote(h=cohort.h, member=self._device, u2=proposal.u2, u3=proposal.u3)
+        self._pledge(vote)
         self._voted_view = proposal.u3
-        return wire.sign(
-            ViewVote(h=cohort.h, member=self._device, u2=proposal.u2, u3=proposal.u3),
-            self._identity,
-        )
+        return wire.sign(vote, self._identity)
 
     def reveal(self, view: View, roster: frozenset[int]) -> Signed[Reveal]:
         """Give up the shares that the view we signed allows, and forget all of them."""
