@@ -25,6 +25,8 @@ MAX_SHOWN = 20
 ELSEWHERE = {
     "device": "covey_coordinator.device_command:device",
     "plan": "covey_coordinator.plans.command:plan",
+    "transcript": "covey_coordinator.transcript_command:transcript",
+    "verify": "covey_coordinator.transcript_command:verify_command",
 }
 
 
@@ -82,6 +84,20 @@ def main() -> None:
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path), default=Path())
 @click.option("--fleet", default="fleet", show_default=True, help="The fleet's name.")
 @click.option(
+    "--address",
+    "addresses",
+    multiple=True,
+    metavar="HOST",
+    help="This machine, as devices reach it over the network: they join with tokens, over TLS. "
+    "Several may be given; devices are told the first.",
+)
+@click.option(
+    "--ca",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="CA.PUB",
+    help="The public key of a fleet CA on another machine, of `covey ca init`.",
+)
+@click.option(
     "--broker",
     type=click.Choice(["auto", "embedded", "mosquitto", "external"]),
     default="auto",
@@ -92,27 +108,74 @@ def main() -> None:
 @click.option(
     "--port",
     type=click.IntRange(1, 65535),
-    default=1883,
-    show_default=True,
-    help="Where the broker that `covey up` runs listens, on this machine alone.",
+    help="Where the broker that `covey up` runs listens.  [default: 1883, on this machine alone; "
+    "8883 with --address]",
 )
-def init(directory: Path, fleet: str, broker: Any, broker_url: str | None, port: int) -> None:
-    """Make a fleet: its authority, the coordinator's key and covey.toml, in DIRECTORY."""
-    from covey_coordinator.config import BrokerConfig
+@click.option(
+    "--enrol-port",
+    type=click.IntRange(1, 65535),
+    default=8884,
+    show_default=True,
+    help="Where devices join, with --address.",
+)
+def init(
+    directory: Path,
+    fleet: str,
+    addresses: tuple[str, ...],
+    ca: Path | None,
+    broker: Any,
+    broker_url: str | None,
+    port: int | None,
+    enrol_port: int,
+) -> None:
+    """Make a fleet: its authorities, the coordinator's key and covey.toml, in DIRECTORY.
+
+    Without --address it is for devices on this machine.
+    """
+    from covey_coordinator.config import BrokerConfig, EnrolConfig
     from covey_coordinator.fleet import FleetDirectory
 
     if (broker == "external") != (broker_url is not None):
         raise click.UsageError("--broker external and --broker-url go together")
+    if ca is not None and not addresses:
+        raise click.UsageError("--ca goes with --address: its devices join over the network")
     config = BrokerConfig(kind=broker, url=broker_url, port=port)
-    made = FleetDirectory.create(directory, fleet, config)
+    made = FleetDirectory.create(
+        directory,
+        fleet,
+        config,
+        addresses=addresses,
+        enrol=EnrolConfig(port=enrol_port),
+        ca=ca,
+    )
     click.echo(f"fleet {fleet} made in {made.path.absolute()}")
     there = "" if made.path.resolve() == Path.cwd() else f" in {made.path}"
+    if addresses:
+        _tell_networked(made)
+        click.echo(f"next{there}: covey up, then covey device token --name NAME")
+        return
     if broker == "external":
         click.echo(
             "the broker must know the user coordinator, with the password in "
             f"{made.password_file('coordinator')}"
         )
     click.echo(f"next{there}: covey device add NAME, then covey up")
+
+
+def _tell_networked(fleet: Any) -> None:
+    """Where a fleet's devices connect, and whom they will trust."""
+    from covey_coordinator.config import load_fleet, normal_host
+    from covey_coordinator.fleet_ca import fingerprint
+
+    config, trust = load_fleet(fleet.path), fleet.trust
+    host = normal_host(config.addresses[0])
+    shown = f"[{host}]" if ":" in host else host
+    click.echo(f"devices join at {shown}:{config.enrol.port}, rounds are at "
+               f"{fleet.device_broker_url(config)}")  # fmt: skip
+    click.echo(
+        f"fleet CA: {fingerprint(trust.ca)}{'' if fleet.ca_here else ', on another machine'}"
+    )
+    click.echo(f"coordinator's key: {trust.coordinator.hex()}")
 
 
 @main.command(short_help="Run the broker and the coordinator.")
@@ -196,6 +259,7 @@ def status(fleet_dir: Path) -> None:
     from rich.table import Table
 
     from covey_coordinator.config import load_fleet
+    from covey_coordinator.fleet import FleetDirectory
     from covey_coordinator.status import read_status
     from covey_coordinator.store import RunDirectory
 
@@ -207,9 +271,13 @@ def status(fleet_dir: Path) -> None:
         connected = "connected" if now.connected else "not connected"
         click.echo(f"coordinator: running, {connected} to broker {now.broker}")
         click.echo(f"online: {_names(now.present) or 'no device'}")
-    if (fleet_dir / "ca" / "ca.key").exists():
+    fleet = FleetDirectory(fleet_dir)
+    if config.networked:
+        _tell_networked(fleet)
+    if fleet.ca_here:
         click.echo(
-            "the fleet CA's key is on this machine: whoever takes it over can invent devices"
+            "the fleet CA's key is on this machine, beside the coordinator's: whoever takes it over "
+            "can invent devices, and sum one real device among them"
         )
     paths = sorted((fleet_dir / "runs").glob("*/state.json"))
     if not paths:
@@ -225,9 +293,15 @@ def status(fleet_dir: Path) -> None:
             table.add_row(path.parent.name, "damaged", "", "", "", str(error))
             continue
         shown = "interrupted" if now is None and state.status == "running" else state.status
+        note = state.message
+        if state.transcripts_lost:
+            lost = (
+                f"{state.transcripts_lost} rounds without a transcript: {state.transcript_problem}"
+            )
+            note = f"{note}; {lost}" if note else lost
         table.add_row(
             path.parent.name, shown, str(state.rounds_done), str(state.rounds_completed),
-            str(state.rounds_abandoned), state.message,
+            str(state.rounds_abandoned), note,
         )  # fmt: skip
     Console().print(table)
 

@@ -1,5 +1,7 @@
 """covey.toml and run.toml: frozen types that mirror the files, validated once at load."""
 
+import ipaddress
+import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -14,9 +16,17 @@ from covey_shared.messages import MAX_COHORT
 from covey_shared.mqtt import parse_broker_url
 
 Cohort = Annotated[int, Meta(ge=2, le=MAX_COHORT)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Host = Annotated[str, Meta(min_length=1, description="a host name or address in quotes")]
 Clip = Annotated[float, Meta(ge=MIN_CLIP, le=MAX_CLIP)]
 # Below this the repeats of one round would be a flood.
 Interval = Annotated[float, Meta(ge=0.2, le=3600)]
+
+MQTT_PORT = 1883
+MQTTS_PORT = 8883
+
+_LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?"
+_HOST = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*")
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -24,21 +34,53 @@ T = TypeVar("T", bound=msgspec.Struct)
 class BrokerConfig(Config, frozen=True):
     """[broker]. kind "external": url is a broker that somebody else runs; any other kind is started
     by `covey up` on this machine's loopback. password_file: its first line. ca_file: PEM, the authority
-    of a mqtts:// broker's certificate, if the system does not know it."""
+    of a mqtts:// broker's certificate, if the system does not know it. cert_file, key_file: PEM, who the
+    coordinator is to a mqtts:// broker that asks for a certificate."""
 
     kind: Literal["auto", "embedded", "mosquitto", "external"] = "auto"
-    port: Annotated[int, Meta(ge=1, le=65535)] = 1883
+    port: Port | None = None
     url: str | None = None
     username: str = "coordinator"
     password_file: FileName | None = None
     ca_file: FileName | None = None
+    cert_file: FileName | None = None
+    key_file: FileName | None = None
+
+
+class EnrolConfig(Config, frozen=True):
+    """[enrol], of a networked fleet. days: how long devices' certificates last; token_hours: how long a
+    token may be used."""
+
+    port: Port = 8884
+    days: Annotated[int, Meta(ge=1, le=3650)] = 90
+    token_hours: Annotated[float, Meta(gt=0, le=8760)] = 24.0
 
 
 class FleetConfig(Config, frozen=True):
-    """covey.toml."""
+    """covey.toml. address: hosts by which devices find the coordinator, the one that they are told
+    first; without it the fleet is local, and its broker on loopback."""
 
     fleet: Name
+    address: Host | Annotated[tuple[Host, ...], Meta(min_length=1)] | None = None
     broker: BrokerConfig = BrokerConfig()
+    enrol: EnrolConfig = EnrolConfig()
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The fleet's hosts; empty for a local fleet."""
+        if self.address is None:
+            return ()
+        return (self.address,) if isinstance(self.address, str) else self.address
+
+    @property
+    def networked(self) -> bool:
+        """Whether devices join over the network."""
+        return self.address is not None
+
+    @property
+    def broker_port(self) -> int:
+        """Where the broker that `covey up` runs listens."""
+        return self.broker.port or (MQTTS_PORT if self.networked else MQTT_PORT)
 
 
 class WorkConfig(Config, frozen=True):
@@ -79,6 +121,15 @@ class DeadlinesConfig(Config, frozen=True):
     resend_s: Interval = 5.0
 
 
+class TranscriptsConfig(Config, frozen=True):
+    """[transcripts]: what is kept of each round for a third party to check. full: with the masked
+    updates of the last full_rounds rounds, or of fewer, so that they take at most max_mb."""
+
+    keep: Literal["full", "signatures", "off"] = "full"
+    full_rounds: Annotated[int, Meta(ge=1, le=1_000_000)] = 10
+    max_mb: Annotated[int, Meta(ge=1, le=10**9)] = 1000
+
+
 class EvaluationConfig(Config, frozen=True):
     """[evaluation]: a held-out set on the coordinator: an .npz file with two arrays."""
 
@@ -97,6 +148,7 @@ class RunConfig(Config, frozen=True):
     work: WorkConfig = WorkConfig()
     encoding: EncodingConfig = EncodingConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
+    transcripts: TranscriptsConfig = TranscriptsConfig()
     evaluation: EvaluationConfig | None = None
 
 
@@ -122,6 +174,18 @@ def load_fleet(directory: Path) -> FleetConfig:
 def check_fleet(fleet: FleetConfig, *, file: str) -> None:
     """What the types cannot say. Raises ConfigError."""
     broker = fleet.broker
+    for host in fleet.addresses:
+        try:
+            normal_host(host)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: key `address`: {error}") from error
+    if fleet.networked and broker.kind == "embedded":
+        raise ConfigError(
+            f'{file}: key `broker.kind` is "embedded", which is for one machine; a fleet with an '
+            '`address` needs mosquitto: set it to "mosquitto" or "external"'
+        )
+    if fleet.networked and broker.kind != "external" and fleet.broker_port == fleet.enrol.port:
+        raise ConfigError(f"{file}: keys `broker.port` and `enrol.port` are the same; change one")
     if (broker.kind == "external") != (broker.url is not None):
         raise ConfigError(
             f'{file}: key `broker.url` goes with `broker.kind = "external"`, and only with it'
@@ -132,8 +196,30 @@ def check_fleet(fleet: FleetConfig, *, file: str) -> None:
             tls = parse_broker_url(broker.url).tls
         except ConfigError as error:
             raise ConfigError(f"{file}: key `broker.url`: {error}") from error
-    if broker.ca_file is not None and not tls:
-        raise ConfigError(f"{file}: key `broker.ca_file` goes with a `broker.url` of mqtts://")
+    if fleet.networked and broker.url is not None and not tls:
+        raise ConfigError(
+            f"{file}: key `broker.url`: a fleet with an `address` needs TLS: mqtts://HOST:PORT"
+        )
+    for key in ("ca_file", "cert_file", "key_file"):
+        if getattr(broker, key) is not None and not tls:
+            raise ConfigError(f"{file}: key `broker.{key}` goes with a `broker.url` of mqtts://")
+    if (broker.cert_file is None) != (broker.key_file is None):
+        raise ConfigError(f"{file}: keys `broker.cert_file` and `broker.key_file` go together")
+
+
+def normal_host(name: str) -> str:
+    """A host in its one spelling: lower case, addresses in their usual form. Raises ConfigError."""
+    host = name.lower().removesuffix(".")
+    try:
+        host = str(ipaddress.ip_address(name.removeprefix("[").removesuffix("]")))
+        usable = "%" not in host  # a zone means something on one machine only
+    except ValueError:
+        usable = bool(_HOST.fullmatch(host)) and not host.replace(".", "").isdigit()
+    if not usable:
+        raise ConfigError(
+            f"{name!r} is no host: give a name of letters, digits, dots and hyphens, or an address"
+        )
+    return host
 
 
 def check_run(run: RunConfig, *, file: str) -> None:

@@ -28,7 +28,8 @@ from covey_coordinator.config import (
     load_fleet,
 )
 from covey_coordinator.files import storage_error
-from covey_coordinator.fleet import COORDINATOR_USER, DEVICE_USER, FleetDirectory, read_line
+from covey_coordinator.fleet import COORDINATOR_USER, DEVICE_USER, FleetDirectory
+from covey_coordinator.fleet_ca import read_line
 from covey_coordinator.follow import describe, ending
 from covey_coordinator.plans.bundle import load_bundle
 from covey_coordinator.registry import Registry
@@ -81,7 +82,7 @@ async def broker_of(
     kind, directory = broker.kind, fleet.path / "broker" / "run"
 
     async def start() -> RunningBroker:
-        return await start_broker(kind, directory, users=users, port=broker.port)
+        return await start_broker(kind, directory, users=users, port=config.broker_port)
 
     kept = _KeptBroker(await start(), start)
     keeping = asyncio.create_task(kept.keep())
@@ -99,16 +100,42 @@ async def broker_of(
 
 
 def tls_of(fleet: FleetDirectory, config: FleetConfig) -> ssl.SSLContext | None:
-    """Trusts the configured authority, and no other. Raises ConfigError."""
-    if config.broker.ca_file is None:
+    """Trusts the configured authority and no other, and shows the configured certificate. None if
+    nothing is configured. Raises ConfigError."""
+    broker = config.broker
+    if broker.ca_file is None and broker.cert_file is None:
         return None
-    path = fleet.path / config.broker.ca_file
+    context = _trusting(None if broker.ca_file is None else fleet.path / broker.ca_file)
+    if broker.cert_file is not None and broker.key_file is not None:
+        show_certificate(context, fleet.path / broker.cert_file, fleet.path / broker.key_file)
+    return context
+
+
+def _trusting(authority: Path | None) -> ssl.SSLContext:
     try:
-        return ssl.create_default_context(cafile=path)
+        return ssl.create_default_context(cafile=authority)
     except ssl.SSLError as error:
-        raise ConfigError(f"broker.ca_file {path} is no certificate in PEM") from error
+        raise ConfigError(f"broker.ca_file {authority} is no certificate in PEM") from error
     except OSError as error:
-        raise unreadable(f"broker.ca_file {path}", error) from error
+        raise unreadable(f"broker.ca_file {authority}", error) from error
+
+
+def show_certificate(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+    """Have connections show this certificate from now on. Raises ConfigError."""
+    for path in (certificate, key):
+        try:
+            path.open("rb").close()  # OpenSSL would not say which of them is missing
+        except OSError as error:
+            raise unreadable(path, error) from error
+    if (mode := key.stat().st_mode & 0o777) & 0o077:
+        raise ConfigError(f"{key} can be read by others (mode {mode:04o}); run: chmod 600 {key}")
+    try:
+        # an encrypted key would be asked about on the terminal
+        context.load_cert_chain(certificate, key, password=lambda: "")
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"{certificate} and {key} are no certificate in PEM and its key, without a password"
+        ) from error
 
 
 class _KeptBroker:

@@ -3,6 +3,9 @@
 Two authorities, kept apart: the *fleet CA* signs devices' identities, the *coordinator's key* signs
 rounds. Whoever holds both can invent devices and sum one real one among them, so the CA's key wants
 to live on another machine once a fleet is in earnest; rounds do not need it.
+
+A *local* fleet is for one machine: its broker is on loopback, and `covey device add` makes devices'
+keys. A *networked* one has an address: devices make their keys themselves and join with a token.
 """
 
 import os
@@ -10,34 +13,65 @@ import re
 import secrets
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 import tomli_w
 
-from covey_coordinator.config import BrokerConfig, FleetConfig, check_fleet, load_fleet
+from covey_coordinator.broker_tls import COORDINATOR, TlsDirectory, hosts_of
+from covey_coordinator.config import (
+    BrokerConfig,
+    EnrolConfig,
+    FleetConfig,
+    check_fleet,
+    load_fleet,
+    normal_host,
+)
+from covey_coordinator.devices import DeviceBook, revoked_identities, revoked_serials
 from covey_coordinator.files import storage_error, sync_directory, write_atomic
-from covey_shared import keys, wire
+from covey_coordinator.fleet_ca import (
+    AuthorityDirectory,
+    read_line,
+    read_private,
+    read_public,
+)
+from covey_coordinator.tokens import TokenBook
+from covey_shared import enrolment, keys, wire
 from covey_shared.config import unreadable
 from covey_shared.errors import ConfigError, RemoteProtocolError
 from covey_shared.messages import Certificate, DeviceId
 from covey_shared.mqtt import parse_broker_url
 from covey_shared.secagg.cohort import Trust
 
-COORDINATOR_USER = "coordinator"
+COORDINATOR_USER = COORDINATOR
 DEVICE_USER = "device"
 DAY_S = 86_400
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 
 
+Status = Literal["active", "pending", "revoked", "ended"]
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceEntry:
-    """A device that this directory knows. identity: its Ed25519 public key."""
+    """A device that this directory knows. identity: its Ed25519 public key. not_after_unix: of its
+    identity certificate, 0 while there is none. revoked: since when, 0 if it is not."""
 
     name: DeviceId
     identity: bytes
     not_after_unix: int
+    issued_unix: int = 0
+    revoked_unix: int = 0
+
+    def status(self, now_unix: float) -> Status:
+        """pending: the fleet CA has yet to sign its certificate."""
+        if self.revoked_unix:
+            return "revoked"
+        if not self.not_after_unix:
+            return "pending"
+        return "active" if now_unix < self.not_after_unix else "ended"
 
 
 class FleetDirectory:
@@ -45,14 +79,29 @@ class FleetDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.book = DeviceBook(path)
+        self.tokens = TokenBook(path / "tokens")
+        self.tls = TlsDirectory(path / "tls")
 
     # -- making -----------------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, path: Path, fleet: str, broker: BrokerConfig) -> "FleetDirectory":
-        """Make a fleet: two key pairs, two passwords for the broker, covey.toml.
+    def create(
+        cls,
+        path: Path,
+        fleet: str,
+        broker: BrokerConfig,
+        *,
+        addresses: tuple[str, ...] = (),
+        enrol: EnrolConfig | None = None,
+        ca: Path | None = None,
+        now_unix: int | None = None,
+    ) -> "FleetDirectory":
+        """Make a fleet: two key pairs, covey.toml, and either passwords for a broker on this machine
+        or, for a fleet with addresses, the broker authority.
 
-        Raises ConfigError if there is one already, or the name is unusable; StorageError.
+        ca: the public key of a fleet CA elsewhere, instead of one of its own. Raises ConfigError if
+        there is a fleet already, or the name is unusable; StorageError.
         """
         check_name(fleet, "fleet")
         if (path / "covey.toml").exists():
@@ -63,8 +112,16 @@ class FleetDirectory:
                 f"{path} holds the keys of a fleet without its covey.toml; restore that file, or "
                 "choose another directory"
             )
-        config = FleetConfig(fleet=fleet, broker=broker)
+        address = addresses[0] if len(addresses) == 1 else addresses or None
+        config = FleetConfig(
+            fleet=fleet, address=address, broker=broker, enrol=enrol or EnrolConfig()
+        )
         check_fleet(config, file="the command line")
+        ca_public = None if ca is None else read_public(ca)
+        if ca_public is not None and not config.networked:
+            raise ConfigError(
+                "a fleet CA elsewhere signs devices that join over the network: give --address too"
+            )
         try:
             for directory in (path, path / "devices", path / "runs"):
                 directory.mkdir(parents=True, exist_ok=True)
@@ -73,15 +130,25 @@ class FleetDirectory:
         except OSError as error:
             raise storage_error("make", path, error) from error
         self = cls(path)
-        for name in ("ca/ca", "coordinator"):
-            key = keys.SigningKey(os.urandom(32))
-            write_secret(path / f"{name}.key", key.seed.hex())
-            write_atomic(path / f"{name}.pub", key.public.hex().encode() + b"\n")
-        for user in (COORDINATOR_USER, DEVICE_USER):
-            write_secret(self.password_file(user), secrets.token_urlsafe(24))
-        table = {k: v for k, v in msgspec.to_builtins(config).items() if v is not None}
-        table["broker"] = {k: v for k, v in table["broker"].items() if v is not None}
-        write_atomic(path / "covey.toml", tomli_w.dumps(table).encode())
+        key = keys.SigningKey(os.urandom(32))
+        write_secret(path / "coordinator.key", key.seed.hex())
+        write_atomic(path / "coordinator.pub", key.public.hex().encode() + b"\n")
+        authority = AuthorityDirectory(path / "ca")
+        if ca_public is None:
+            authority.create(fleet, coordinator=key.public)
+        else:
+            authority.adopt(ca_public)
+        if config.networked:
+            self.tls.create(
+                fleet,
+                hosts_of(addresses),
+                days=config.enrol.days,
+                now_unix=int(time.time()) if now_unix is None else now_unix,
+            )
+        else:
+            for user in (COORDINATOR_USER, DEVICE_USER):
+                write_secret(self.password_file(user), secrets.token_urlsafe(24))
+        write_atomic(path / "covey.toml", tomli_w.dumps(_table(config)).encode())
         return self
 
     def add_device(
@@ -94,6 +161,11 @@ class FleetDirectory:
         """
         check_name(name, "device")
         config, trust = load_fleet(self.path), self.trust
+        if config.networked:
+            raise ConfigError(
+                "devices of this fleet make their own keys and join over the network: "
+                f"covey device token --name {name}"
+            )
         url = broker_url or self.broker_url(config)
         parse_broker_url(url)
         directory = self.path / "devices" / name
@@ -163,8 +235,13 @@ class FleetDirectory:
         )
 
     def ca_key(self) -> keys.SigningKey:
-        """The fleet CA's private key; only `device add` needs it."""
+        """The fleet CA's private key: only to sign devices' certificates."""
         return self._private("ca/ca.key")
+
+    @property
+    def ca_here(self) -> bool:
+        """Whether the fleet CA's private key is on this machine."""
+        return (self.path / "ca" / "ca.key").exists()
 
     def coordinator_key(self) -> keys.SigningKey:
         """The key that signs rounds."""
@@ -181,7 +258,48 @@ class FleetDirectory:
     @staticmethod
     def broker_url(config: FleetConfig) -> str:
         """Where clients on this machine find the broker."""
-        return config.broker.url or f"mqtt://127.0.0.1:{config.broker.port}"
+        scheme = "mqtts" if config.networked else "mqtt"
+        return config.broker.url or f"{scheme}://127.0.0.1:{config.broker_port}"
+
+    @staticmethod
+    def device_broker_url(config: FleetConfig) -> str:
+        """Where devices of a networked fleet find the broker."""
+        if config.broker.url is not None:
+            return config.broker.url
+        host = normal_host(config.addresses[0])
+        shown = f"[{host}]" if ":" in host else host
+        return f"mqtts://{shown}:{config.broker_port}"
+
+    def trust_message(self, config: FleetConfig) -> enrolment.FleetTrust:
+        """What devices of a networked fleet pin; a token commits to it. Raises ConfigError."""
+        trust = self.trust
+        return enrolment.FleetTrust(
+            fleet=config.fleet,
+            fleet_ca=trust.ca,
+            coordinator=trust.coordinator,
+            tls_ca=self.tls.authority_der,
+        )
+
+    def refresh_tls(self, config: FleetConfig, now_unix: int) -> list[str]:
+        """Bring `tls/` up to date -> what was done, for the operator. Raises ConfigError, StorageError.
+
+        The list of revoked certificates is written even if nothing changed: it is made from
+        `revoked.json`, and the power may have gone between the two.
+        """
+        done = self.tls.refresh(
+            hosts_of(config.addresses), days=config.enrol.days, now_unix=now_unix
+        )
+        self.tls.write_revocations(revoked_serials(self.book.revoked(), now_unix), now_unix)
+        return done
+
+    def revoked_names(self) -> tuple[str, ...]:
+        """Devices that the broker is to silence: those whose present identity is revoked."""
+        revoked = revoked_identities(self.book.revoked())
+        return tuple(r.device for r in self.book.records() if r.key in revoked)
+
+    def revoked_identities(self) -> frozenset[bytes]:
+        """Identity keys that no round takes any more, under whatever name."""
+        return frozenset(revoked_identities(self.book.revoked()))
 
     def _broker_authority(self, config: FleetConfig) -> bytes | None:
         """What devices need to know the broker by. Raises ConfigError."""
@@ -194,8 +312,12 @@ class FleetDirectory:
             raise unreadable(f"broker.ca_file {path}", error) from error
 
     def devices(self) -> list[DeviceEntry]:
-        """All devices with a valid certificate here, by name."""
-        trust, found = self.trust, []
+        """All devices that are known here, by name: those with a certificate, and those that wait for
+        one. Raises ConfigError."""
+        trust, found = self.trust, {}
+        revoked = revoked_identities(self.book.revoked())
+        for record in self.book.records():
+            found[record.device] = DeviceEntry(record.device, record.key, 0)
         for path in sorted((self.path / "devices").glob("*/certificate")):
             if path.parent.name.startswith("."):
                 continue  # one that is being added at this moment
@@ -211,23 +333,36 @@ class FleetDirectory:
                 raise ConfigError(
                     f"{path}: {error}; restore it, or remove {path.parent} and add the device anew"
                 ) from error
-            found.append(
-                DeviceEntry(certificate.device, certificate.identity, certificate.not_after_unix)
+            known = found.get(certificate.device)
+            if known is not None and known.identity != certificate.identity:
+                continue  # of an identity that this name had before
+            found[certificate.device] = DeviceEntry(
+                certificate.device,
+                certificate.identity,
+                certificate.not_after_unix,
+                certificate.issued_unix,
             )
-        return found
+        return [
+            replace(entry, revoked_unix=revoked[entry.identity].unix)
+            if entry.identity in revoked
+            else entry
+            for _, entry in sorted(found.items())
+        ]
 
     def _public(self, name: str) -> keys.PublicKey:
-        return keys.PublicKey(_from_hex(self.path / name))
+        return read_public(self.path / name)
 
     def _private(self, name: str) -> keys.SigningKey:
-        path = self.path / name
-        seed = _from_hex(path)
-        mode = path.stat().st_mode & 0o777
-        if mode & 0o077:
-            raise ConfigError(
-                f"{path} can be read by others (mode {mode:04o}); run: chmod 600 {path}"
-            )
-        return keys.SigningKey(seed)
+        return read_private(self.path / name)
+
+
+def _table(config: FleetConfig) -> dict[str, Any]:
+    """covey.toml's content: what is set, without the tables that a local fleet does not have."""
+    table = {k: v for k, v in msgspec.to_builtins(config).items() if v is not None}
+    table["broker"] = {k: v for k, v in table["broker"].items() if v is not None}
+    if not config.networked:
+        del table["enrol"]
+    return table
 
 
 def check_name(name: str, what: str) -> None:
@@ -236,27 +371,10 @@ def check_name(name: str, what: str) -> None:
         raise ConfigError(
             f"{what} name {name!r}: 1 to 32 lower-case letters, digits and inner hyphens"
         )
-
-
-def read_line(path: Path) -> str:
-    """The first line of a small file. Raises ConfigError."""
-    try:
-        return path.read_text(encoding="utf-8").split("\n", 1)[0].strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise unreadable(path, error) from error
+    if what == "device" and name == COORDINATOR:
+        raise ConfigError(f"device name {name!r}: that is the coordinator's own; choose another")
 
 
 def write_secret(path: Path, text: str) -> None:
     """One line, readable by this user alone."""
     write_atomic(path, text.encode() + b"\n", mode=0o600)
-
-
-def _from_hex(path: Path) -> bytes:
-    text = read_line(path)
-    try:
-        value = bytes.fromhex(text)
-    except ValueError:
-        value = b""
-    if len(value) != 32:
-        raise ConfigError(f"{path} is not a key of 64 hexadecimal digits; restore it")
-    return value

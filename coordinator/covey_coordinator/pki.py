@@ -10,7 +10,6 @@ No clock is read here: `now_unix` is seconds since 1970.
 
 import datetime
 import ipaddress
-import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from covey_coordinator.config import normal_host
 from covey_coordinator.files import write_atomic
 from covey_shared.config import unreadable
 from covey_shared.enrolment import MAX_DER_BYTES
@@ -32,9 +32,6 @@ AUTHORITY_DAYS = 30 * 365
 
 BACKDATE_S = DAY_S
 """Certificates are valid from a day ago on: a device's clock may be behind by a time zone."""
-
-_LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?"
-_HOST = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*")
 
 PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
 
@@ -240,19 +237,6 @@ def read_leaf(certificate: bytes | x509.Certificate) -> Leaf:
         not_after_unix=int(certificate.not_valid_after_utc.timestamp()),
         hosts=hosts,
     )
-
-
-def normal_host(name: str) -> str:
-    """A host as certificates name it: lower case, addresses in their usual form. Raises ConfigError."""
-    try:
-        return str(ipaddress.ip_address(name.strip("[]")))
-    except ValueError:
-        host = name.lower().rstrip(".")
-    if not _HOST.fullmatch(host):
-        raise ConfigError(
-            f"{name!r} is no host: give a name of letters, digits, dots and hyphens, or an address"
-        )
-    return host
 
 
 def _alternative(name: str) -> x509.GeneralName:

@@ -73,7 +73,8 @@ def test_a_fleet_from_nothing(covey: Covey, tmp_path: Path):
     assert trimmed(covey("status", "--fleet-dir", "farm")) == [
         f"fleet farm in {tmp_path}/farm",
         "coordinator: not running (covey up)",
-        "the fleet CA's key is on this machine: whoever takes it over can invent devices",
+        "the fleet CA's key is on this machine, beside the coordinator's: whoever takes it over can "
+        "invent devices, and sum one real device among them",
         "no runs yet: covey run PLAN",
     ]
 

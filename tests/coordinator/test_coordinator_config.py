@@ -46,7 +46,7 @@ def told(tmp_path: Path, file: str, table: dict[str, Any]) -> str:
 
 
 def test_what_is_required_is_enough(tmp_path: Path):
-    assert load(tmp_path, "covey.toml", {"fleet": "farm"}).broker.port == 1883
+    assert load(tmp_path, "covey.toml", {"fleet": "farm"}).broker_port == 1883
     run = load(tmp_path, "run.toml", {"plan": "p"})
     assert (run.rounds, run.evaluation, run.cohort) == (20, None, CohortConfig())
 
@@ -99,6 +99,14 @@ def test_an_unreadable_file_says_why(tmp_path: Path):
         (
             {"kind": "external", "url": "mqtt://h", "ca_file": "ca"},
             "key `broker.ca_file` goes with a `broker.url` of mqtts://",
+        ),
+        (
+            {"kind": "external", "url": "mqtt://h", "cert_file": "c", "key_file": "k"},
+            "key `broker.cert_file` goes with a `broker.url` of mqtts://",
+        ),
+        (
+            {"kind": "external", "url": "mqtts://h", "key_file": "k"},
+            "keys `broker.cert_file` and `broker.key_file` go together",
         ),
         ({"url": "mqtt://h"}, 'key `broker.url` goes with `broker.kind = "external"`'),
         (

@@ -266,3 +266,22 @@ def test_the_broker_s_authority_is_handed_to_devices(tmp_path: Path):
         load_device(directory / "device.toml")
     with pytest.raises(ConfigError, match=r"broker\.ca_file .* is no certificate in PEM"):
         tls_of(fleet, load_fleet(fleet.path))
+
+
+def test_the_coordinator_shows_its_certificate(tmp_path: Path):
+    files = make_tls_files(tmp_path)
+    settings = {"cert_file": str(files.certificate), "key_file": str(files.key)}
+    fleet = external(tmp_path, **settings)
+    config = load_fleet(fleet.path)
+    files.key.chmod(0o600)
+    assert tls_of(fleet, config) is not None
+    files.key.chmod(0o640)
+    with pytest.raises(ConfigError, match=r"server\.key can be read by others .*chmod 600"):
+        tls_of(fleet, config)
+    files.key.chmod(0o600)
+    files.key.write_text("no key")
+    with pytest.raises(ConfigError, match=r"server\.key are no certificate in PEM and its key"):
+        tls_of(fleet, config)
+    files.key.unlink()
+    with pytest.raises(ConfigError, match=r"server\.key cannot be read: No such"):
+        tls_of(fleet, config)
