@@ -4,9 +4,9 @@ Used by the device's trainer and by the coordinator's evaluation. What lives her
 buffers, and the checks that a graph is what its header says. What does not: bounds on time and
 memory (the trainer's), data sources, and anything that builds a graph (`covey_coordinator.plans`).
 
-Plans come over the network. A graph that onnxruntime cannot load, or whose inputs and outputs are
-not the ones `covey_shared.plan` lays down for its header, raises MalformedError; a batch that does
-not fit the header raises DataError; a run that fails inside onnxruntime raises TrainingError.
+Plans come over the network. A graph that breaks the rules of `covey_shared.vetting`, which is asked
+before onnxruntime sees a byte of it, or that onnxruntime cannot load, raises MalformedError; a batch
+that does not fit the header raises DataError; a run that fails inside onnxruntime raises TrainingError.
 """
 
 import os
@@ -34,12 +34,11 @@ from covey_shared.errors import (
 )
 from covey_shared.layout import Flat
 from covey_shared.plan import GraphName, PlanHeader, TensorSpec
+from covey_shared.vetting import BATCH, Ports, ports, vet
 
 Array = NDArray[Any]
 
 _ORT_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "uint8": "tensor(uint8)"}
-_DYNAMIC = -1  # stands for the batch dimension in an expected shape
-_Ports = dict[str, tuple[str, tuple[int, ...] | None]]
 
 
 class TrainStep:
@@ -59,17 +58,7 @@ class TrainStep:
         self._states = [
             {spec.name: np.zeros(spec.shape, spec.dtype) for spec in header.state} for _ in range(2)
         ]
-        slots: _Ports = {s.name: ("float32", s.shape) for s in header.layout.slots}
-        state: _Ports = {s.name: (s.dtype, s.shape) for s in header.state}
-        inputs: _Ports = _batch_ports(header)
-        inputs |= {f"hyper.{name}": ("float32", ()) for name in self._hyper}
-        inputs |= {f"slot.{name}": port for name, port in slots.items()}
-        inputs |= {f"state.{name}": port for name, port in state.items()}
-        outputs: _Ports = {"loss": ("float32", ())}
-        outputs |= {f"next.slot.{name}": port for name, port in slots.items()}
-        outputs |= {f"next.state.{name}": port for name, port in state.items()}
-        self._session = _session(train_graph, _options(threads), "train")
-        _check_ports(self._session, "train", inputs, outputs)
+        self._session = _session(header, train_graph, _options(threads), "train")
         self._bindings = [self._bind(source=0, target=1), self._bind(source=1, target=0)]
         self._current = 0
 
@@ -137,14 +126,7 @@ class Evaluator:
     def __init__(self, header: PlanHeader, eval_graph: bytes, *, threads: int = 1) -> None:
         """header: as decoded by `plan.decode_header`. eval_graph: the bytes it names."""
         self._header = header
-        inputs = _batch_ports(header) | {
-            f"slot.{s.name}": ("float32", s.shape) for s in header.layout.slots
-        }
-        outputs: _Ports = {
-            name: ("float32" if name == "loss_sum" else "int64", ()) for name in header.metrics
-        }
-        self._session = _session(eval_graph, _options(threads), "eval")
-        _check_ports(self._session, "eval", inputs, outputs)
+        self._session = _session(header, eval_graph, _options(threads), "eval")
 
     def evaluate(
         self, parameters: Flat, features: Array, labels: Array, *, batch_size: int = 256
@@ -178,8 +160,6 @@ class Predictor:
         """parameters: float32[n_params], copied by onnxruntime; what `parameters.bin` holds."""
         self._header = header
         self._session = _filled(header, infer_graph, parameters, _options(threads))
-        features = {"features": _batch_ports(header)["features"]}
-        _check_ports(self._session, "infer", features, {"predictions": ("float32", None)})
 
     def predict(self, features: Array) -> NDArray[np.float32]:
         """features: [batch, *shape] -> predictions: float32[batch, ...]."""
@@ -217,7 +197,7 @@ def _filled(header: PlanHeader, infer_graph: bytes, parameters: Flat, options: A
     # checks each slot's type and shape. The values must outlive the session's construction.
     values = {f"slot.{name}": _shared(view) for name, view in views.items()}
     options.add_external_initializers(list(values), list(values.values()))
-    return _session(infer_graph, options, "infer")
+    return _session(header, infer_graph, options, "infer")
 
 
 def check_batch(header: PlanHeader, features: Array, labels: Array) -> tuple[Array, Array]:
@@ -243,13 +223,6 @@ def _check_array(what: str, spec: TensorSpec, array: Array) -> Array:
     if len(array) == 0:
         raise DataError(f"{what}: the batch is empty")
     return np.ascontiguousarray(array)
-
-
-def _batch_ports(header: PlanHeader) -> _Ports:
-    return {
-        "features": (header.features.dtype, (_DYNAMIC, *header.features.shape)),
-        "labels": (header.labels.dtype, (_DYNAMIC, *header.labels.shape)),
-    }
 
 
 def _shared(array: Array) -> Any:
@@ -279,11 +252,16 @@ def _options(threads: int) -> Any:
     return options
 
 
-def _session(graph: bytes, options: Any, what: GraphName) -> Any:
+def _session(header: PlanHeader, graph: bytes, options: Any, what: GraphName) -> Any:
+    vet(header, graph, what)
     try:
-        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own, undocumented classes
-        raise MalformedError(f"{what}.onnx: onnxruntime cannot load it: {error}") from error
+        refused = MalformedError(f"{what}.onnx: onnxruntime cannot load it: {error}")
+        refused.public = "the plan's graph cannot be loaded"  # onnxruntime may name files
+        raise refused from error
+    _check_ports(session, what, *ports(header, what))
+    return session
 
 
 def _run(
@@ -296,7 +274,7 @@ def _run(
     return result
 
 
-def _check_ports(session: Any, what: GraphName, inputs: _Ports, outputs: _Ports) -> None:
+def _check_ports(session: Any, what: GraphName, inputs: Ports, outputs: Ports) -> None:
     """Names, types and shapes of a graph's inputs and outputs are exactly the expected ones."""
     for kind, found, expected in (
         ("input", session.get_inputs(), inputs),
@@ -308,7 +286,7 @@ def _check_ports(session: Any, what: GraphName, inputs: _Ports, outputs: _Ports)
             raise MalformedError(f"{what}.onnx {state} {kind} {wrong[0]!r}")
         for node in found:
             dtype, shape = expected[node.name]
-            sides = tuple(side if isinstance(side, int) else _DYNAMIC for side in node.shape)
+            sides = tuple(side if isinstance(side, int) else BATCH for side in node.shape)
             if node.type != _ORT_TYPES[dtype] or (shape is not None and sides != shape):
                 raise MalformedError(
                     f"{what}.onnx: {kind} {node.name!r} is {node.type}{node.shape}, "

@@ -1,7 +1,10 @@
 """A plan's directory: read and written whole, or not at all."""
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -9,6 +12,7 @@ from covey_coordinator.plans import bundle
 from covey_coordinator.plans.bundle import load_bundle, write
 from covey_fleet.models import PLANS
 from covey_shared.errors import MalformedError, StorageError
+from covey_shared.plan import GraphRef, encode_header
 
 FILES = {"plan.json", "train.onnx", "eval.onnx", "infer.onnx", "initial.bin"}
 
@@ -93,6 +97,18 @@ def test_a_failure_leaves_what_was_there(plan, tmp_path, monkeypatch, existing, 
             write(plan, target, replace=True)
     assert (contents(target) if target.exists() else None) == before
     assert [p.name for p in tmp_path.iterdir()] == (["plan"] if existing else [])
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "infer"])
+def test_a_plan_that_devices_would_refuse_is_refused_here(plan, tmp_path, name):
+    """Though its files are what its header says: the operator learns it, and no fleet is called."""
+    graph = plan.graphs[name] + b"\xca\x01\x00"  # an empty function
+    ref = GraphRef(sha256=hashlib.sha256(graph).hexdigest(), size=len(graph))
+    header = msgspec.structs.replace(plan.header, **{name: ref})
+    graphs = {**plan.graphs, name: graph}
+    write(replace(plan, header_bytes=encode_header(header), graphs=graphs), tmp_path / "plan")
+    with pytest.raises(MalformedError, match=rf"would refuse it: {name}\.onnx: .*functions"):
+        load_bundle(tmp_path / "plan")
 
 
 @pytest.mark.parametrize("name", sorted(FILES))

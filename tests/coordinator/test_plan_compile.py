@@ -299,16 +299,28 @@ def test_wrong_evaluation_and_prediction_are_found_too(monkeypatch, graph):
         compile_plan(Net(), *sample(), loss="cross_entropy", name="net")
 
 
-def test_what_onnxruntime_cannot_run_is_refused(monkeypatch):
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("op_type", "Det", r"onnxruntime cannot run the plan: train\.onnx"),
+        (
+            "domain",
+            "com.example",
+            r"devices would refuse the plan: train\.onnx: a node has a domain",
+        ),
+        ("op_type", "NonZero", r"operator 'NonZero': the size of its result depends on values"),
+    ],
+)
+def test_what_onnxruntime_cannot_run_or_devices_refuse(monkeypatch, field, value, message):
     lowered = lower.to_onnx
 
     def strange(traced):
         model = lowered(traced)
-        model.graph.node[-1].domain = "com.example"
+        setattr(model.graph.node[-1], field, value)
         return model
 
     monkeypatch.setattr(compile.lower, "to_onnx", strange)
-    with pytest.raises(CompileError, match=r"onnxruntime cannot run the plan: train\.onnx"):
+    with pytest.raises(CompileError, match=message):
         compile_plan(nn.Linear(4, 3), *four(), loss="cross_entropy", name="net")
 
 

@@ -26,6 +26,7 @@ from covey_shared.plan import (
     decode_header,
     plan_hash,
 )
+from covey_shared.vetting import vet
 
 HEADER_FILE = "plan.json"
 INITIAL_FILE = "initial.bin"
@@ -139,6 +140,10 @@ def load_bundle(directory: Path) -> PlanBundle:
     )
     for name, data in bundle.graphs.items():
         check_graph(bundle.ref(name), data, str(directory / graph_file(name)))
+        try:
+            vet(header, data, name)
+        except MalformedError as error:
+            raise MalformedError(f"{directory}: devices would refuse it: {error}") from error
     return bundle
 
 

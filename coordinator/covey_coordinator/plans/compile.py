@@ -170,6 +170,7 @@ def _compile(
         decode_header(header_bytes)
     except MalformedError as error:
         raise CompileError(f"the plan would not be accepted: {error}") from error
+    verify.check_rules(header, graphs)
     verified = graphs["train"]
     if _draws(train):
         twin_model = Model(without_dropout(module), features)

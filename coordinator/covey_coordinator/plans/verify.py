@@ -27,6 +27,7 @@ from covey_shared.errors import CompileError, MalformedError, TrainingError
 from covey_shared.layout import Flat
 from covey_shared.plan import GraphName, PlanHeader
 from covey_shared.runtime import Evaluator, Predictor, TrainStep
+from covey_shared.vetting import vet
 
 # A step's rounding differs between the two by a few units in the last place (6e-8 of a value of
 # 1), and the next steps carry it on; a wrong rule is off by the size of the update itself.
@@ -49,6 +50,18 @@ class Verification:
     parameter_difference: float
     evaluation_difference: float
     prediction_difference: float
+
+
+def check_rules(header: PlanHeader, graphs: Mapping[GraphName, bytes]) -> None:
+    """Raise CompileError if devices would refuse to run the plan (see `covey_shared.vetting`)."""
+    for name, data in graphs.items():
+        try:
+            vet(header, data, name)
+        except MalformedError as error:
+            raise CompileError(
+                f"devices would refuse the plan: {error}. Leave out or replace the layer that needs "
+                'this; docs/plans.md has the rules, under "What a device refuses to run"'
+            ) from error
 
 
 def verify(
