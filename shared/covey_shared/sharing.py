@@ -100,8 +100,6 @@ def _inverse(a: int) -> int:
             continue
         r0 ^= r1 << shift
         s0 ^= s1 << shift
-        if r0.bit_length() < r1.bit_length():
-            r0, r1, s0, s1 = r1, r0, s1, s0
     return s1
 
 
@@ -136,8 +134,6 @@ def combine(shares: Mapping[int, Sequence[bytes]], *, at: int = 0) -> list[bytes
         raise LocalProtocolError(f"a share has {SEED_BYTES} bytes")
     if not 0 <= at <= MAX_SHARES:
         raise LocalProtocolError(f"cannot evaluate at {at}; 0 to {MAX_SHARES}")
-    if at in shares:
-        return list(shares[at])
     flat = b"".join(share for x in holders for share in shares[x])
     high, low = _load(flat, len(holders) * n_secrets)
     factors = _coefficients(holders, at)

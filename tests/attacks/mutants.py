@@ -1,11 +1,11 @@
 """Take out every check of the protocol in turn, and see that a test notices.
 
-    python tests/attacks/mutants.py            all of them, a quarter of an hour
-    python tests/attacks/mutants.py rules      those with "rules" in the file's name or their own
+    python tests/attacks/mutants.py            all of them, half an hour on two cores
+    python tests/attacks/mutants.py rules      those with "rules" in their file's path or their own name
     python tests/attacks/mutants.py --list     only say what would be done
 
-Not a test itself: `pytest` does not collect this file. It works on a copy of the packages in a
-temporary folder. A mutant is the code with
+Not a test itself: `pytest` does not collect this file. It works on copies of the packages in a
+temporary folder, one for each core. A mutant is the code with
 
 * one `raise` replaced by `pass`,
 * one statement that only calls a check (`....check(...)`, `_check_...(...)`, `_refuse_...(...)`) or
@@ -18,6 +18,8 @@ What no test notices is printed, unless SURVIVORS says why it makes no differenc
 """
 
 import ast
+import os
+import queue
 import re
 import shutil
 import subprocess
@@ -25,6 +27,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +36,7 @@ SECAGG = "shared/covey_shared/secagg"
 ROUND = "coordinator/covey_coordinator/round.py"
 SESSION = "device/covey_device/session.py"
 TARGETS = [
+    *(f"shared/covey_shared/{name}.py" for name in ("wire", "keys", "sharing", "masking")),
     *(f"{SECAGG}/{name}.py" for name in ("rules", "cohort", "bitmap", "parameters")),
     *(f"{SECAGG}/{name}.py" for name in ("participant", "committee", "aggregator")),
     ROUND,
@@ -40,6 +44,11 @@ TARGETS = [
 ]
 # The quick ones first: most mutants do not live to see the last.
 TESTS = [
+    "tests/shared/test_wire.py",
+    "tests/shared/test_keys.py",
+    "tests/shared/test_sharing.py",
+    "tests/shared/test_masking.py",
+    "tests/shared/test_messages.py",
     "tests/shared/test_secagg_roles.py",
     "tests/shared/test_secagg_aggregator.py",
     "tests/device/test_session.py",
@@ -56,6 +65,12 @@ TESTS = [
 ]
 # Where most mutants of a file are noticed.
 FIRST = {
+    "wire": "test_wire",
+    "keys": "test_keys",
+    "sharing": "test_sharing",
+    "masking": "test_masking",
+    "participant": "test_secagg_roles",
+    "aggregator": "test_secagg_aggregator",
     "rules": "test_attack_manifest",
     "cohort": "test_attack_manifest",
     "committee": "test_attack_votes",
@@ -64,6 +79,16 @@ FIRST = {
 }
 CHECKS = ("check", "_check_", "check_", "_refuse_", "verified_", "forget")
 SHIFTED = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}
+
+# That a property fails is enough; the smallest example of it takes most of the time.
+NO_SHRINKING = """
+import hypothesis
+
+hypothesis.settings.register_profile(
+    "mutants", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
+)
+hypothesis.settings.load_profile("mutants")
+"""
 
 # (file, function, what) -> why no test can notice.
 SURVIVORS: dict[tuple[str, str, str], str] = {}
@@ -155,13 +180,24 @@ def noticed_by(copy: Path, first: str) -> str | None:
     return failed and failed[1]
 
 
+def copied(to: Path) -> Path:
+    """A copy of what the tests need."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("shared", "coordinator", "device", "deploy", "tests", "docs"):
+        shutil.copytree(ROOT / name, to / name, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", to)
+    with (to / "tests" / "conftest.py").open("a") as conftest:
+        conftest.write(NO_SHRINKING)
+    return to
+
+
 def main(arguments: list[str]) -> int:
     wanted = [argument for argument in arguments if not argument.startswith("-")]
     mutants = [
         mutant
         for path in TARGETS
         for mutant in mutants_of(path)
-        if not wanted or any(word in " ".join(mutant.key) for word in wanted)
+        if not wanted or any(word in " ".join((path, *mutant.key)) for word in wanted)
     ]
     if "--list" in arguments:
         for mutant in mutants:
@@ -169,24 +205,28 @@ def main(arguments: list[str]) -> int:
         return 0
     left: list[Mutant] = []
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)
-        ignore = shutil.ignore_patterns("__pycache__")
-        for name in ("shared", "coordinator", "device", "deploy", "tests", "docs"):
-            shutil.copytree(ROOT / name, copy / name, ignore=ignore)
-        shutil.copy(ROOT / "pyproject.toml", copy)
-        if (failed := noticed_by(copy, TESTS[0])) is not None:
+        copies: queue.Queue[Path] = queue.Queue()
+        for index in range(cores := os.cpu_count() or 1):
+            copies.put(copied(Path(folder) / str(index)))
+        if (failed := noticed_by(Path(folder) / "0", TESTS[0])) is not None:
             raise SystemExit(f"{failed} fails without any mutant")
-        for mutant in mutants:
-            if mutant.key in SURVIVORS:
-                continue
+
+        def tried(mutant: Mutant) -> tuple[Mutant, str | None]:
+            copy = copies.get()
             target = copy / mutant.path
             original = target.read_text()
-            target.write_text(mutant.apply(original))
-            test = noticed_by(copy, FIRST.get(mutant.key[0], TESTS[0]))
-            target.write_text(original)
-            print(*mutant.key, test or "SURVIVES", sep=" :: ", flush=True)
-            if test is None:
-                left.append(mutant)
+            try:
+                target.write_text(mutant.apply(original))
+                return mutant, noticed_by(copy, FIRST.get(mutant.key[0], TESTS[0]))
+            finally:
+                target.write_text(original)
+                copies.put(copy)
+
+        with ThreadPoolExecutor(cores) as pool:
+            for mutant, test in pool.map(tried, (m for m in mutants if m.key not in SURVIVORS)):
+                print(*mutant.key, test or "SURVIVES", sep=" :: ", flush=True)
+                if test is None:
+                    left.append(mutant)
     known = {mutant.key for mutant in mutants}
     stale = [key for key in SURVIVORS if not wanted and key not in known]
     for key in stale:

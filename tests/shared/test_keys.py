@@ -105,6 +105,24 @@ def test_a_key_of_low_order_is_none_to_agree_with(case: dict[str, str]) -> None:
         keys.check_agreement_key(unhex(case["u"]), owner="pi-a")
 
 
+def test_an_agreement_of_zeros_is_refused_whatever_the_import_lets_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """RFC 7748, section 6.1. The library refuses such keys itself today; we do not rely on it."""
+    monkeypatch.setattr(keys, "key_agreement", lambda **_: bytes(32))
+    key = AgreementKey(b"\x07" * 32)
+    with pytest.raises(RefusedError, match="low order"):
+        key.agree(AgreementKey(b"\x08" * 32).public, salt=b"", info=b"")
+
+
+@pytest.mark.parametrize("size", [0, 31, 32, keys.BOX_OVERHEAD_BYTES - 1])
+def test_a_box_too_short_for_a_key_and_a_tag_is_not_even_tried(size: int) -> None:
+    with pytest.raises(RefusedError, match="too short"):
+        AgreementKey(b"\x07" * 32).open(
+            bytes(size), sender=AgreementKey(b"\x08" * 32).public, info=b""
+        )
+
+
 @slow_enough
 @given(secrets32)
 def test_only_the_canonical_spelling_of_a_key_passes(secret: bytes) -> None:
