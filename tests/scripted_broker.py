@@ -103,7 +103,7 @@ class ScriptedBroker:
         self.clients.append(client)
         try:
             while True:
-                client.packets.append(packet := await _read(reader))
+                client.packets.append(packet := await read_packet(reader))
                 if packet.kind == self.close_on:
                     break
                 self._answer(client, packet)
@@ -130,7 +130,7 @@ class ScriptedBroker:
             client.send(encode(PINGRESP, b""))
 
 
-async def _read(reader: asyncio.StreamReader) -> Packet:
+async def read_packet(reader: asyncio.StreamReader) -> Packet:
     first = (await reader.readexactly(1))[0]
     length, shift = 0, 0
     while True:

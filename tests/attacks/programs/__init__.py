@@ -1,0 +1,1 @@
+"""Attackers as programs: they speak the real protocol over a real broker. See ../README.md."""
