@@ -13,6 +13,9 @@ from covey_shared.errors import TrainingError
 from covey_shared.fixedpoint import DecodedSum
 from covey_shared.layout import Flat
 
+FEDAVG = "fedavg"
+"""What transcripts call it."""
+
 
 class Strategy(Protocol):
     """How a round's average becomes the next model. Called once per completed round, in order."""

@@ -112,11 +112,12 @@ class UploadDesk:
     problem: str | None = None
     _uploads: dict[DeviceId, _Upload] = field(default_factory=dict)
     _early: dict[DeviceId, list[Chunk]] = field(default_factory=dict)
+    _shut: bool = False
 
     def open(self) -> None:
         """Start a round with an empty spool. Raises StorageError."""
         self.close()
-        self.problem = None
+        self.problem, self._shut = None, False
         try:
             shutil.rmtree(self.directory, ignore_errors=True)
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -135,10 +136,18 @@ class UploadDesk:
         self._uploads.clear()
         self._early.clear()
 
+    def shut(self) -> None:
+        """No update counts from now on: drop those that came too late, and all that still come.
+
+        The members reveal the keys of their pair masks, so nothing of them is to lie about.
+        """
+        self.close()
+        self._shut = True
+
     def expect(self, device: DeviceId, h: bytes, payload: bytes, size: int, now: float) -> bool:
         """A device announced its update. True if it is already complete: its chunks
         may have come before."""
-        if device in self._uploads:
+        if device in self._uploads or self._shut:
             return False
         sink = FileSink(self.directory / device, size)
         assembly = Assembly(BlobDigest(payload), size, sink)
@@ -156,6 +165,8 @@ class UploadDesk:
         chunk stays missing: it is asked for again, and by then there may be space.
         """
         chunk = chunks.decode_frame(frame)
+        if self._shut:
+            return False
         if device not in self._uploads:
             # Chunks are handled at once, messages in their turn, so the first chunks often overtake
             # the message that announces them.
@@ -182,8 +193,8 @@ class UploadDesk:
             upload.last_progress = now
         return complete
 
-    def take(self, device: DeviceId) -> bytes:
-        """The complete upload, its digest checked; its file is deleted.
+    def take(self, device: DeviceId, keep: Path | None = None) -> bytes:
+        """The complete upload, its digest checked; its file is deleted, or moved to `keep`.
 
         Raises MalformedError if the bytes are not those that were announced, StorageError if they
         cannot be read back; either way it then starts over.
@@ -200,6 +211,10 @@ class UploadDesk:
             upload.assembly.reset()
             self.problem = str(error)
             raise
+        if keep is not None:
+            with contextlib.suppress(OSError):
+                upload.sink.close()
+                upload.sink.path.replace(keep)
         with contextlib.suppress(StorageError):  # `open` clears the directory
             upload.sink.remove()
         return data

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from covey_coordinator.averaging import FedAvg, Strategy
+from covey_coordinator.averaging import FEDAVG, FedAvg, Strategy
 from covey_coordinator.config import RunConfig
 from covey_coordinator.plans.bundle import PlanBundle
 from covey_coordinator.round import Completed, RoundSpec
@@ -180,6 +180,18 @@ class Run:
         self._to_save.append(lambda: self.directory.settle(state))
         return outcome
 
+    @property
+    def averaging(self) -> tuple[str, float]:
+        """How the next model comes about, in a transcript's words: rule, learning rate."""
+        if isinstance(self._strategy, FedAvg):
+            return FEDAVG, self._strategy.server_lr
+        return type(self._strategy).__name__.lower()[:32], 1.0
+
+    def transcript_lost(self, problem: str) -> None:
+        """A round has no transcript; said with the state, when that is saved next."""
+        self.state.transcripts_lost += 1
+        self.state.transcript_problem = problem
+
     def save(self) -> None:
         """Write what is queued. Raises StorageError; call it again and it goes on from there."""
         while self._to_save:
@@ -228,6 +240,8 @@ class Run:
         else:
             line["dropped"] = list(completed.dropped)
         line |= outcome.metrics
+        if self.state.transcripts_lost:
+            line["transcripts_lost"] = self.state.transcripts_lost
         if self._spec is not None:
             line |= {
                 "model": self._spec.call.model.hex(),

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
+from functools import partial
 from typing import TypeVar
 
 from covey_coordinator.blobs import PATIENCE_S, BlobServer, UploadDesk
@@ -31,6 +32,7 @@ from covey_coordinator.round import (
 )
 from covey_coordinator.run import RoundOutcome, Run
 from covey_coordinator.store import Progress, RoundCounter, RunState
+from covey_coordinator.transcript import RoundScribe, Scribe
 from covey_shared import wire
 from covey_shared.errors import (
     MalformedError,
@@ -94,6 +96,8 @@ class CoordinatorService:
         self._inbox = Inbox()
         self._blobs = BlobServer(transport, self._topics)
         self._desk: UploadDesk | None = None
+        self._scribe: Scribe | None = None
+        self._transcript = RoundScribe(None, None, key)
         self._round: Round | None = None
         self._last_round: Round | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -177,7 +181,13 @@ class CoordinatorService:
             self._inbox.presence(device, online)
 
     def _on_frame(self, device: DeviceId, frame: bytes) -> None:
-        if self._desk is not None and self._desk.feed(device, frame, self._clock()):
+        desk = self._desk
+        if desk is None:
+            return
+        complete = desk.feed(device, frame, self._clock())
+        if desk.problem is not None:
+            self._transcript.give_up(desk.problem)  # the round needs the space more
+        if complete:
             self._inbox.uploaded(device)
 
     async def _on_connected(self) -> None:
@@ -205,12 +215,14 @@ class CoordinatorService:
 
     # -- one round --------------------------------------------------------------------------------
 
-    async def run_round(self, spec: RoundSpec, index: int, spool: UploadDesk) -> RoundOutcome:
-        """Play one round to its end. Its blobs must be on offer already."""
+    async def run_round(
+        self, spec: RoundSpec, index: int, spool: UploadDesk, transcript: RoundScribe
+    ) -> RoundOutcome:
+        """Play one round to its end. Its blobs must be on offer already, its transcript open."""
         started = self._clock()
         bytes_in, bytes_out = self._bytes()
         await self._stored(spool.open)
-        self._desk = spool
+        self._desk, self._transcript = spool, transcript
         self._inbox = Inbox()
         self._outcome = None
         self._phase, self._phase_since, self._phase_seconds = None, started, {}
@@ -221,6 +233,7 @@ class CoordinatorService:
             rng=self._rng,
             present=self.registry.present,
             admit=lambda device, identity: self.registry.admit(device, identity, spec.call.round),
+            record=transcript.message,
         )
         self._round = self._last_round = machine
         try:
@@ -229,8 +242,10 @@ class CoordinatorService:
                 await self._turn(machine, spool, index)
         except asyncio.CancelledError:
             with contextlib.suppress(Exception):  # a step of it may be under way in a thread
-                actions = machine.abandon("the coordinator was stopped; the run can go on later")
+                reason = "the coordinator was stopped; the run can go on later"
+                actions = machine.abandon(reason)
                 self._goodbyes = [action for action in actions if isinstance(action, Publish)]
+                transcript.ended(reason, interrupted=True)
             raise
         finally:
             self._round, self._desk, self._call = None, None, None
@@ -318,13 +333,16 @@ class CoordinatorService:
         if machine.phase is not Phase.COLLECT:
             return
         try:
-            payload = await self._in_thread(lambda: spool.take(device))
+            keep = self._transcript.place_for(device)
+            payload = await self._in_thread(lambda: spool.take(device, keep))
             await self._step(
                 lambda: machine.uploaded(device, payload, self._clock(), int(self._unix()))
             )
         except MalformedError as error:
+            self._transcript.drop(device)
             log.warning("upload of %s: %s", device, error)
         except StorageError as error:
+            self._transcript.give_up(str(error))
             log.error("%s", error)
 
     async def _ask_for_missing(self, spool: UploadDesk) -> None:
@@ -357,6 +375,7 @@ class CoordinatorService:
                 case Fault(device, reason):
                     log.warning("%s: %s", device, reason)
                     self.registry.fault(device)
+                    self._transcript.note(device, reason)
                 case Moved():
                     await self._moved(action)
                 case Completed() | Abandoned():
@@ -368,6 +387,8 @@ class CoordinatorService:
             # Before the roster goes out, which is what devices wait for with their updates.
             call = self._round.spec.call
             await self._stored(lambda: self._counter.uploads_begin(call.model, call.revision))
+        if moved.phase is Phase.VIEW and self._desk is not None:
+            self._desk.shut()
         now = self._clock()
         if self._phase is not None:
             self._phase_seconds[self._phase.value] = now - self._phase_since
@@ -410,6 +431,10 @@ class CoordinatorService:
         as it is. on_sum: told every decoded ring sum, for simulations that know the plaintext.
         """
         await self._stored(run.begin)
+        scribe = self._scribe = Scribe(
+            run.directory, run.config.transcripts, self._trust, self._key
+        )
+        await self._in_thread(scribe.recover)
         patience_s = min(PATIENCE_S, run.config.deadlines.resend_s)
         desk = UploadDesk(run.directory.spool, patience_s)
         while run.rounds_left and not (stop and stop.is_set()):
@@ -418,16 +443,45 @@ class CoordinatorService:
             model = run.model_digest
             revision = await self._stored(lambda model=model: self._counter.revision(model))  # type: ignore[misc]
             spec = run.spec(self._trust.fleet, round_id, revision)
-            outcome = await self.run_round(spec, run.index, desk)
-            if outcome.completed is not None:
-                on_sum(round_id, outcome.completed)
-            outcome = await self._kept(run, outcome)
-            if outcome.completed is not None:
-                await self._announce(run, outcome.completed)
+            outcome = await self._written_down(run, scribe, spec, desk, on_sum)
             self._tell(outcome)
         await self._stored(run.end)
         await self._withdraw_call()
         return run.state
+
+    async def _written_down(
+        self,
+        run: Run,
+        scribe: Scribe,
+        spec: RoundSpec,
+        desk: UploadDesk,
+        on_sum: Callable[[int, Completed], None],
+    ) -> RoundOutcome:
+        """One round, from its call to its transcript."""
+        index, before = run.index, run.model
+        transcript = await self._in_thread(lambda: scribe.open(index, spec.call, *run.averaging))
+        try:
+            outcome = await self.run_round(spec, index, desk, transcript)
+            if outcome.completed is not None:
+                on_sum(spec.call.round, outcome.completed)
+            outcome = await self._kept(run, outcome)
+            completed, machine = outcome.completed, self._last_round
+            if completed is None or machine is None or machine.cohort is None:
+                reason = outcome.reason
+                await self._in_thread(lambda: transcript.ended(reason))
+            else:
+                # First the model is safe and the devices know; what is left of the disk is for this.
+                await self._announce(run, completed)
+                cohort, secret = machine.cohort, machine.reveal_secret
+                await self._in_thread(
+                    lambda: transcript.completed(cohort, completed, secret, before)
+                )
+            await self._in_thread(scribe.tidy)
+        finally:
+            transcript.leave()
+        if transcript.problem is not None:
+            run.transcript_lost(transcript.problem)
+        return outcome
 
     async def _kept(self, run: Run, outcome: RoundOutcome) -> RoundOutcome:
         """What a round came to, averaged and on disk. Being stopped meanwhile loses nothing, if the
@@ -453,6 +507,8 @@ class CoordinatorService:
                 return await self._in_thread(write)
             except StorageError as error:
                 log.error("%s; trying again in %g s", error, RETRY_STORAGE_S)
+                if self._scribe is not None:
+                    await self._in_thread(partial(self._scribe.make_room, str(error)))
                 await asyncio.sleep(RETRY_STORAGE_S)
 
     async def _announce(self, run: Run, completed: Completed) -> None:

@@ -19,6 +19,7 @@ and a run's::
     metrics.jsonl          one line per round
     rounds/00007/model.onnx
     next.bin               a model that state.json may not name yet
+    rounds/00007/transcript  what others can check it by (see `transcript`)
     progress.json          the open round, for whoever watches
     spool/                 uploads of the open round
 
@@ -61,7 +62,9 @@ _UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 class RunState(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Where a run stands. model: SHA-256 of the current parameters, empty before the first completed
-    round; model_index: the round they came from. last: the last round's line of metrics."""
+    round; model_index: the round they came from. last: the last round's line of metrics.
+    transcripts_lost: rounds whose transcript could not be written; transcript_problem: the last reason.
+    """
 
     status: RunStatus = "queued"
     run_id: HexRunId
@@ -74,6 +77,8 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     message: str = ""
 
 
+    transcripts_lost: Count = 0
+    transcript_problem: str = ""
 class Progress(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A running round, for whoever watches. Not durable."""
 
