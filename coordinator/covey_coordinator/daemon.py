@@ -13,6 +13,7 @@ import ssl
 import zipfile
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from covey_coordinator.config import (
 )
 from covey_coordinator.files import storage_error
 from covey_coordinator.fleet import COORDINATOR_USER, DEVICE_USER, FleetDirectory
+from covey_coordinator.plans.signing import read_signatures
 from covey_coordinator.fleet_ca import read_line
 from covey_coordinator.follow import describe, ending
 from covey_coordinator.plans.bundle import load_bundle
@@ -69,6 +71,9 @@ async def broker_of(
     fleet: FleetDirectory, config: FleetConfig
 ) -> AsyncIterator[tuple[str, str, str]]:
     """(url, password, description) of the fleet's broker, started here unless it is external."""
+    # Those that were there when the run was queued, and were told to be in order.
+    signatures = read_signatures(directory.signatures, bundle.hash)
+    bundle = replace(bundle, signatures=signatures)
     broker = config.broker
     if broker.kind == "external":
         password = (

@@ -13,6 +13,7 @@ from covey_coordinator.config import CohortConfig, RunConfig, check_run, load, l
 from covey_coordinator.daemon import load_held_out
 from covey_coordinator.fleet import FleetDirectory, check_name
 from covey_coordinator.plans.bundle import load_bundle
+from covey_coordinator.plans.signing import owner_of, signature_file
 from covey_coordinator.round import new_run_id
 from covey_coordinator.run import hyper_values, rehearse
 from covey_coordinator.store import RunDirectory
@@ -64,7 +65,9 @@ def queue_run(
         raise DataError(f"evaluation set {file}: {error}") from error
     text = tomli_w.dumps(_table(config)).encode()
     runs = fleet_dir / "runs"
-    return RunDirectory.create(runs / (name or _free_name(runs)), text, new_run_id(os.urandom))
+    signatures = {signature_file(owner_of(s)): s for s in bundle.signatures}
+    path = runs / (name or _free_name(runs))
+    return RunDirectory.create(path, text, new_run_id(os.urandom), signatures)
 
 
 def _given(file: Path) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class Run:
             model_bytes=len(model),
             revision=revision,
             n_min=config.cohort.minimum,
-            plan_signatures=(),
+            plan_signatures=self.bundle.signatures,
             gather_s=config.deadlines.gather_s,
         )
         self._spec = RoundSpec(

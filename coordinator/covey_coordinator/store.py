@@ -13,13 +13,14 @@ A fleet's directory::
 and a run's::
 
     run.toml               what was asked for
+    signatures/            of its plan, by model owners, if there are any
     state.json             where it stands
     parameters.bin         the current model, one little-endian float32 vector
     model.onnx             the same, as one file that anything can load
     metrics.jsonl          one line per round
     rounds/00007/model.onnx
-    next.bin               a model that state.json may not name yet
     rounds/00007/transcript  what others can check it by (see `transcript`)
+    next.bin               a model that state.json may not name yet
     progress.json          the open round, for whoever watches
     spool/                 uploads of the open round
 
@@ -32,6 +33,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -75,10 +77,10 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     model_index: Count = 0
     last: dict[str, Any] | None = None
     message: str = ""
-
-
     transcripts_lost: Count = 0
     transcript_problem: str = ""
+
+
 class Progress(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A running round, for whoever watches. Not durable."""
 
@@ -153,8 +155,17 @@ class RunDirectory:
         self.name = path.name
 
     @classmethod
-    def create(cls, path: Path, run_toml: bytes, run_id: bytes) -> "RunDirectory":
-        """Queue a run. Raises StorageError, ConfigError if there is one of that name."""
+    def create(
+        cls,
+        path: Path,
+        run_toml: bytes,
+        run_id: bytes,
+        signatures: Mapping[str, bytes] | None = None,
+    ) -> "RunDirectory":
+        """Queue a run. signatures: its plan's, by file name.
+
+        Raises StorageError, ConfigError if there is one of that name.
+        """
         try:
             path.mkdir(parents=True)
         except FileExistsError:
@@ -166,11 +177,23 @@ class RunDirectory:
         run = cls(path)
         try:
             write_atomic(path / "run.toml", run_toml)
+            if signatures:
+                run.signatures.mkdir()
+                for name, envelope in signatures.items():
+                    write_atomic(run.signatures / name, envelope)
             run.save_state(RunState(run_id=run_id.hex()))  # last: what has a state is complete
         except StorageError:
             shutil.rmtree(path, ignore_errors=True)  # or its name would be taken
             raise
+        except OSError as error:
+            shutil.rmtree(path, ignore_errors=True)
+            raise storage_error("make", path, error) from error
         return run
+
+    @property
+    def signatures(self) -> Path:
+        """What model owners had signed of its plan when it was queued."""
+        return self.path / "signatures"
 
     @property
     def spool(self) -> Path:

@@ -2,20 +2,22 @@
 
 A plan's directory holds ``plan.json`` (the header's canonical bytes), ``train.onnx``,
 ``eval.onnx``, ``infer.onnx`` and ``initial.bin`` (the module's own initial values, one
-little-endian float32 vector in the header's layout). No torch here, no network, no compiling.
+little-endian float32 vector in the header's layout), and ``signatures/`` if model owners signed it
+(see `signing`). No torch here, no network, no compiling.
 """
 
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 
-from covey_shared.errors import MalformedError, StorageError
+from covey_coordinator.plans.signing import SIGNATURES, owner_of, read_signatures, signature_file
+from covey_shared.errors import CoveyError, MalformedError, StorageError
 from covey_shared.layout import Flat
 from covey_shared.plan import (
     GraphName,
@@ -37,13 +39,15 @@ GRAPH_NAMES: tuple[GraphName, ...] = get_args(GraphName)
 class PlanBundle:
     """A plan in memory. header_bytes: the canonical bytes that are hashed and published.
 
-    initial: float32[n_params], the parameters a fresh run starts from.
+    initial: float32[n_params], the parameters a fresh run starts from. signatures: envelopes of
+    PlanSignature, of this plan.
     """
 
     header: PlanHeader
     header_bytes: bytes
     graphs: Mapping[GraphName, bytes]
     initial: Flat
+    signatures: tuple[bytes, ...] = field(default=(), kw_only=True)
 
     @property
     def hash(self) -> PlanHash:
@@ -65,9 +69,10 @@ def graph_file(name: GraphName) -> str:
 def write(plan: PlanBundle, directory: Path, *, replace: bool = False) -> None:
     """Write the plan's files as one directory, all or nothing.
 
-    Written beside the target, then renamed: a reader never sees half a plan, and a failure leaves
-    what was there. Raises StorageError if `directory` exists and `replace` is false, if it holds
-    anything but a plan's files, or if the disk refuses.
+    Signatures that are there already stay if they are of this very plan. Written beside the target,
+    then renamed: a reader never sees half a plan, and a failure leaves what was there. Raises
+    StorageError if `directory` exists and `replace` is false, if it holds anything but a plan's
+    files, or if the disk refuses.
     """
     files: dict[str, bytes] = {
         HEADER_FILE: plan.header_bytes,
@@ -76,6 +81,8 @@ def write(plan: PlanBundle, directory: Path, *, replace: bool = False) -> None:
     }
     directory = directory.absolute()
     check_target(directory, replace=replace)
+    for envelope in plan.signatures or _standing_signatures(directory, plan.hash):
+        files[f"{SIGNATURES}/{signature_file(owner_of(envelope))}"] = envelope
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
@@ -85,6 +92,7 @@ def write(plan: PlanBundle, directory: Path, *, replace: bool = False) -> None:
         fresh = staging / "new"
         fresh.mkdir()
         for name, data in files.items():
+            (fresh / name).parent.mkdir(exist_ok=True)
             _write_durably(fresh / name, data)
         if directory.exists():
             # A directory cannot be renamed over one that is not empty. Between these two calls
@@ -107,11 +115,18 @@ def check_target(directory: Path, *, replace: bool) -> None:
         raise StorageError(f"{directory} is not a directory; choose another name")
     if not replace:
         raise StorageError(f"{directory} exists already; choose another name or pass --force")
-    names = {HEADER_FILE, INITIAL_FILE, *map(graph_file, GRAPH_NAMES)}
+    names = {HEADER_FILE, INITIAL_FILE, SIGNATURES, *map(graph_file, GRAPH_NAMES)}
     if foreign := sorted({entry.name for entry in directory.iterdir()} - names):
         raise StorageError(
             f"{directory} holds {foreign[0]!r}, which is no file of a plan; choose another name"
         )
+
+
+def _standing_signatures(directory: Path, plan: bytes) -> tuple[bytes, ...]:
+    try:
+        return read_signatures(directory / SIGNATURES, plan)
+    except CoveyError:
+        return ()  # of another plan, which is about to be replaced
 
 
 def _write_durably(path: Path, data: bytes) -> None:
@@ -137,6 +152,7 @@ def load_bundle(directory: Path) -> PlanBundle:
         header_bytes=header_bytes,
         graphs={name: _read(directory / graph_file(name)) for name in GRAPH_NAMES},
         initial=_initial(directory / INITIAL_FILE, header),
+        signatures=read_signatures(directory / SIGNATURES, plan_hash(header_bytes)),
     )
     for name, data in bundle.graphs.items():
         check_graph(bundle.ref(name), data, str(directory / graph_file(name)))

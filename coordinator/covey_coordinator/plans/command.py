@@ -1,10 +1,11 @@
-"""`covey plan`: compile a model into a plan, and look at one.
+"""`covey plan`: compile a model into a plan, look at one, and sign one.
 
 Only parsing and printing live here; `compile` does the work and is imported, with torch, when a
 plan is compiled. What is printed is for people.
 """
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,20 @@ from covey_coordinator.plans.bundle import (
     write,
 )
 from covey_coordinator.plans.sample import SPEC_FORM, build_model, load_sample, parse_model
+from covey_coordinator.plans.signing import (
+    SIGNATURES,
+    make_owner_key,
+    owner_of,
+    read_owner_key,
+    sign_plan,
+)
 from covey_shared.errors import ConfigError
 from covey_shared.plan import TensorSpec
 
 
 @click.group()
 def plan() -> None:
-    """Compile torch models into plans, and look at plans."""
+    """Compile torch models into plans, look at plans and sign them."""
 
 
 @plan.command("compile")
@@ -113,7 +121,10 @@ def compile_command(
         lr=lr,
         name=name or output.absolute().name,
     )
+    signed = (output / SIGNATURES).exists()
     write(compiled, output, replace=force)
+    if signed and not (output / SIGNATURES).exists():
+        click.echo(f"{output} was signed, as another plan; that is gone: have it signed again")
     report = compiled.verification
     click.echo(
         f"{output}: {compiled.header.n_params:,} parameters, plan {compiled.hash.hex()[:12]}\n"
@@ -133,6 +144,41 @@ def show_command(directory: Path) -> None:
     console = Console(highlight=False, markup=False)  # shapes in brackets are no markup
     for table in _tables(bundle):
         console.print(table)
+
+
+@plan.command("sign")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--key",
+    "key_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="The owner's private key, from covey plan owner-key.",
+)
+def sign_command(directory: Path, key_file: Path) -> None:
+    """Sign the plan in DIR as a model's owner.
+
+    Devices whose own owners trust some model owners only run no other plans. Several owners may sign
+    one plan; a plan that is compiled anew has to be signed anew.
+    """
+    key = read_owner_key(key_file)
+    bundle = load_bundle(directory)
+    path = sign_plan(directory, bundle.hash, key)
+    click.echo(f"{path}: plan {bundle.hash.hex()[:12]}, signed by {key.public.hex()}")
+
+
+@plan.command("owner-key")
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+def owner_key_command(file: Path) -> None:
+    """Make a model owner's private key in FILE, and print its public half.
+
+    The key signs plans with covey plan sign. The public half goes into owners of devices'
+    policy.toml. Keep FILE away from the coordinator, if that is not to be trusted with it.
+    """
+    public = make_owner_key(file, os.urandom(32))
+    click.echo(f"private key: {file}; whoever reads it signs as you")
+    click.echo(f'for policy.toml on devices: owners = ["{public.hex()}"]')
 
 
 def _tables(bundle: PlanBundle) -> list[Any]:
@@ -155,6 +201,7 @@ def _tables(bundle: PlanBundle) -> list[Any]:
         ("state", f"{state:,} numbers, kept on the device for one round"),
         ("metrics", ", ".join(header.metrics)),
         ("made with", ", ".join(f"{k} {v}" for k, v in sorted(header.versions.items()))),
+        *(("signed by", owner_of(envelope).hex()) for envelope in bundle.signatures),
     ):
         facts.add_row(what, value)
     slots = Table("slot", "shape", "role", box=box.SIMPLE_HEAD)
