@@ -9,36 +9,32 @@ import asyncio
 import contextlib
 import fcntl
 import logging
-import ssl
 import zipfile
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from covey_coordinator import status
-from covey_coordinator.broker import RunningBroker, start_broker
 from covey_coordinator.config import (
     EvaluationConfig,
-    FleetConfig,
     RunConfig,
     check_run,
     load,
     load_fleet,
 )
 from covey_coordinator.files import storage_error
-from covey_coordinator.fleet import COORDINATOR_USER, DEVICE_USER, FleetDirectory
-from covey_coordinator.plans.signing import read_signatures
-from covey_coordinator.fleet_ca import read_line
+from covey_coordinator.fleet import FleetDirectory
 from covey_coordinator.follow import describe, ending
+from covey_coordinator.kept_broker import broker_of
 from covey_coordinator.plans.bundle import load_bundle
+from covey_coordinator.plans.signing import read_signatures
 from covey_coordinator.registry import Registry
 from covey_coordinator.run import HeldOut, RoundOutcome, Run
 from covey_coordinator.service import CoordinatorService, Observer
 from covey_coordinator.store import Progress, RoundCounter, RunDirectory
-from covey_shared.config import unreadable
 from covey_shared.errors import ConfigError, CoveyError, DataError
 from covey_shared.messages import DeviceId
 from covey_shared.mqtt import MqttTransport
@@ -46,8 +42,6 @@ from covey_shared.mqtt import MqttTransport
 log = logging.getLogger("covey.coordinator")
 
 POLL_S = 0.5
-BROKER_POLL_S = 0.5
-BROKER_RETRY_S = 5.0
 SHOW_S = 0.3
 
 
@@ -66,111 +60,6 @@ def only_one(path: Path) -> Iterator[None]:
         yield
 
 
-@contextlib.asynccontextmanager
-async def broker_of(
-    fleet: FleetDirectory, config: FleetConfig
-) -> AsyncIterator[tuple[str, str, str]]:
-    """(url, password, description) of the fleet's broker, started here unless it is external."""
-    # Those that were there when the run was queued, and were told to be in order.
-    signatures = read_signatures(directory.signatures, bundle.hash)
-    bundle = replace(bundle, signatures=signatures)
-    broker = config.broker
-    if broker.kind == "external":
-        password = (
-            read_line(fleet.path / broker.password_file)
-            if broker.password_file
-            else fleet.password(COORDINATOR_USER)
-        )
-        yield fleet.broker_url(config), password, f"external, {broker.url}"
-        return
-    users = {user: fleet.password(user) for user in (COORDINATOR_USER, DEVICE_USER)}
-    kind, directory = broker.kind, fleet.path / "broker" / "run"
-
-    async def start() -> RunningBroker:
-        return await start_broker(kind, directory, users=users, port=config.broker_port)
-
-    kept = _KeptBroker(await start(), start)
-    keeping = asyncio.create_task(kept.keep())
-    try:
-        running = kept.broker
-        yield (
-            running.url,
-            users[COORDINATOR_USER],
-            f"{running.kind} {running.version}, {running.url}",
-        )
-    finally:
-        keeping.cancel()
-        await asyncio.gather(keeping, return_exceptions=True)
-        await kept.broker.stop()
-
-
-def tls_of(fleet: FleetDirectory, config: FleetConfig) -> ssl.SSLContext | None:
-    """Trusts the configured authority and no other, and shows the configured certificate. None if
-    nothing is configured. Raises ConfigError."""
-    broker = config.broker
-    if broker.ca_file is None and broker.cert_file is None:
-        return None
-    context = _trusting(None if broker.ca_file is None else fleet.path / broker.ca_file)
-    if broker.cert_file is not None and broker.key_file is not None:
-        show_certificate(context, fleet.path / broker.cert_file, fleet.path / broker.key_file)
-    return context
-
-
-def _trusting(authority: Path | None) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=authority)
-    except ssl.SSLError as error:
-        raise ConfigError(f"broker.ca_file {authority} is no certificate in PEM") from error
-    except OSError as error:
-        raise unreadable(f"broker.ca_file {authority}", error) from error
-
-
-def show_certificate(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
-    """Have connections show this certificate from now on. Raises ConfigError."""
-    for path in (certificate, key):
-        try:
-            path.open("rb").close()  # OpenSSL would not say which of them is missing
-        except OSError as error:
-            raise unreadable(path, error) from error
-    if (mode := key.stat().st_mode & 0o777) & 0o077:
-        raise ConfigError(f"{key} can be read by others (mode {mode:04o}); run: chmod 600 {key}")
-    try:
-        # an encrypted key would be asked about on the terminal
-        context.load_cert_chain(certificate, key, password=lambda: "")
-    except ssl.SSLError as error:
-        raise ConfigError(
-            f"{certificate} and {key} are no certificate in PEM and its key, without a password"
-        ) from error
-
-
-class _KeptBroker:
-    """A broker that is started again when it ends by itself; clients reconnect on their own."""
-
-    def __init__(
-        self, broker: RunningBroker, start: Callable[[], Awaitable[RunningBroker]]
-    ) -> None:
-        self.broker = broker
-        self._start = start
-
-    async def keep(self) -> None:
-        """Look after it for ever."""
-        while True:
-            await asyncio.sleep(BROKER_POLL_S)
-            if self.broker.running:
-                continue
-            log.error(
-                "the broker ended (exit code %s); starting it again. Its log %s ends with: %s",
-                self.broker.process.returncode,
-                self.broker.log,
-                " | ".join(self.broker.last_log_lines(3)) or "nothing",
-            )
-            try:
-                self.broker = await self._start()
-            except CoveyError as error:
-                log.error("%s", error)
-                await asyncio.sleep(BROKER_RETRY_S)
-
-
 def known_devices(fleet: FleetDirectory) -> Registry:
     """A registry that pins the identity keys of the devices added here."""
     return Registry({DeviceId(entry.name): entry.identity for entry in fleet.devices()})
@@ -182,6 +71,9 @@ def load_run(directory: RunDirectory) -> tuple[RunConfig, Run]:
     config = load(path, RunConfig, hint="`covey run` makes one")
     check_run(config, file=str(path))
     bundle = load_bundle(directory.path / config.plan)
+    # Those that were there when the run was queued, and were told to be in order.
+    signatures = read_signatures(directory.signatures, bundle.hash)
+    bundle = replace(bundle, signatures=signatures)
     held_out = (
         load_held_out(directory.path / config.evaluation.file, config.evaluation)
         if config.evaluation is not None
@@ -228,13 +120,13 @@ class Daemon:
         fleet, config = self._fleet, self._config
         with only_one(fleet.path):
             registry = known_devices(fleet)
-            async with broker_of(fleet, config) as (url, password, description):
+            async with broker_of(fleet, config) as login:
                 transport = MqttTransport(
-                    url,
+                    login.url,
                     f"covey-{config.fleet}",
-                    username=config.broker.username,
-                    password=password,
-                    tls=tls_of(fleet, config),
+                    username=login.username,
+                    password=login.password,
+                    tls=login.tls,
                 )
                 service = CoordinatorService(
                     fleet.trust,
@@ -245,9 +137,9 @@ class Daemon:
                     observer=self._observer(),
                 )
                 await service.start()
-                self._say(f"fleet {config.fleet}: broker {description}")
+                self._say(f"fleet {config.fleet}: broker {login.description}")
                 self._say("waiting for devices and runs; Ctrl-C stops")
-                reporter = asyncio.create_task(self._report(service, description))
+                reporter = asyncio.create_task(self._report(service, login.description))
                 try:
                     await self._play_all(service, stop)
                 finally:

@@ -15,9 +15,8 @@ import tomli_w
 
 import covey_device.assembly
 from covey_coordinator import daemon, service
-from covey_coordinator.broker import RunningBroker
 from covey_coordinator.config import BrokerConfig, EvaluationConfig
-from covey_coordinator.daemon import Daemon, _KeptBroker, load_held_out, only_one
+from covey_coordinator.daemon import Daemon, load_held_out, only_one
 from covey_coordinator.fleet import FleetDirectory
 from covey_coordinator.plans.bundle import load_bundle
 from covey_coordinator.queueing import queue_run
@@ -275,50 +274,6 @@ def test_a_lock_that_cannot_be_written(tmp_path: Path):
 
 
 # -- the broker ------------------------------------------------------------------------------------
-
-
-class FakeBroker:
-    """As much of a running broker as its keeper looks at."""
-
-    def __init__(self) -> None:
-        self.running = True
-        self.process = type("Process", (), {"returncode": -9})()
-        self.log = Path("broker.log")
-
-    def last_log_lines(self, n_lines: int) -> list[str]:
-        return ["out of memory"]
-
-
-def test_a_broker_that_ends_by_itself_is_started_again(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    monkeypatch.setattr(daemon, "BROKER_POLL_S", 0.01)
-    monkeypatch.setattr(daemon, "BROKER_RETRY_S", 0.01)
-    tries: list[FakeBroker] = []
-
-    async def start() -> RunningBroker:
-        tries.append(FakeBroker())
-        if len(tries) < 3:
-            raise StorageError("the disk is full")
-        return tries[-1]  # type: ignore[return-value]
-
-    async def scenario() -> None:
-        first = FakeBroker()
-        kept = _KeptBroker(first, start)  # type: ignore[arg-type]
-        keeping = asyncio.create_task(kept.keep())
-        await asyncio.sleep(0.05)
-        assert tries == []
-        first.running = False
-        async with asyncio.timeout(5):
-            while kept.broker is first:
-                await asyncio.sleep(0.01)
-        keeping.cancel()
-        assert kept.broker is tries[2]
-        assert "the broker ended (exit code -9); starting it again" in caplog.text
-        assert "out of memory" in caplog.text
-        assert "the disk is full" in caplog.text
-
-    go(scenario())
 
 
 # -- what is checked before a run is queued --------------------------------------------------------

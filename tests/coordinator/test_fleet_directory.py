@@ -12,8 +12,8 @@ import pytest
 
 from covey_coordinator import files
 from covey_coordinator.config import BrokerConfig, load_fleet
-from covey_coordinator.daemon import tls_of
 from covey_coordinator.fleet import DAY_S, DEVICE_USER, FleetDirectory, check_name
+from covey_coordinator.kept_broker import tls_of
 from covey_device.assembly import concerns, load_device
 from covey_shared.errors import ConfigError, StorageError
 from tls_files import make_tls_files
