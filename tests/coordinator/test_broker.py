@@ -16,6 +16,7 @@ import pytest
 
 from brokers import PASSWORD, Brokers, client
 from covey_coordinator.broker import RunningBroker, embedded, mosquitto, running, start_broker
+from covey_coordinator.broker.access import access_control
 from covey_shared.errors import ConfigError, StorageError, TransportError
 from covey_shared.messages import DeviceId
 from covey_shared.mqtt import MqttTransport
@@ -416,3 +417,6 @@ class TestDeployedConfiguration:
         (limit,) = [int(line.split()[1]) for line in lines if line.startswith("max_packet_size")]
         assert limit == mosquitto.MAX_PACKET_BYTES
         assert limit > MAX_PAYLOAD_BYTES + 4096
+
+    def test_its_rules_are_those_of_any_fleet(self) -> None:
+        assert (DEPLOY / "covey.acl").read_text() == access_control("+")
