@@ -23,6 +23,7 @@ MAX_SHOWN = 20
 
 # Where the larger commands are. Loaded when they are asked for: the compiler's pulls in torch.
 ELSEWHERE = {
+    "ca": "covey_coordinator.ca_command:ca",
     "broker": "covey_coordinator.broker.command:broker",
     "device": "covey_coordinator.device_command:device",
     "plan": "covey_coordinator.plans.command:plan",

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from covey_coordinator.config import (
     load,
     load_fleet,
 )
+from covey_coordinator.enrolment import enrolment_of
 from covey_coordinator.files import storage_error
 from covey_coordinator.fleet import FleetDirectory
 from covey_coordinator.follow import describe, ending
@@ -61,8 +63,9 @@ def only_one(path: Path) -> Iterator[None]:
 
 
 def known_devices(fleet: FleetDirectory) -> Registry:
-    """A registry that pins the identity keys of the devices added here."""
-    return Registry({DeviceId(entry.name): entry.identity for entry in fleet.devices()})
+    """A registry that pins the identity keys of the devices known here, and refuses revoked ones."""
+    identities = {DeviceId(entry.name): entry.identity for entry in fleet.devices()}
+    return Registry(identities, fleet.revoked_identities())
 
 
 def load_run(directory: RunDirectory) -> tuple[RunConfig, Run]:
@@ -120,6 +123,9 @@ class Daemon:
         fleet, config = self._fleet, self._config
         with only_one(fleet.path):
             registry = known_devices(fleet)
+            if config.networked:
+                for line in fleet.refresh_tls(config, int(time.time())):
+                    self._say(line)
             async with broker_of(fleet, config) as login:
                 transport = MqttTransport(
                     login.url,
@@ -138,10 +144,11 @@ class Daemon:
                 )
                 await service.start()
                 self._say(f"fleet {config.fleet}: broker {login.description}")
-                self._say("waiting for devices and runs; Ctrl-C stops")
                 reporter = asyncio.create_task(self._report(service, login.description))
                 try:
-                    await self._play_all(service, stop)
+                    async with enrolment_of(fleet, config, service, self._say):
+                        self._say("waiting for devices and runs; Ctrl-C stops")
+                        await self._play_all(service, stop)
                 finally:
                     reporter.cancel()
                     await service.close()

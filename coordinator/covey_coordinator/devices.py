@@ -44,7 +44,8 @@ class Refusal(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class DeviceRecord(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """A device that was enrolled. identity: its Ed25519 public key, hexadecimal. grants: its TLS
+    """A device that was enrolled. identity: its Ed25519 public key, hexadecimal. token: hash of the one
+    it joined with. grants: its TLS
     certificates that have not ended; tls_certificate: the latest, DER. requested_unix: since when the
     fleet CA's signature is awaited, 0 if it is not. wanted_unix: when the operator asked for a renewal."""
 
@@ -52,6 +53,7 @@ class DeviceRecord(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     identity: str
     enrolled_unix: int
     renewed_unix: int = 0
+    token: str = ""
     token_uses: int = 1
     grants: list[Grant] = msgspec.field(default_factory=list)
     tls_certificate: bytes = b""
@@ -103,8 +105,10 @@ class DeviceBook:
             raise storage_error("write", path, error) from error
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-            write_atomic(self._stamp, b"%d\n" % time.time_ns(), durable=False)
+            try:
+                yield
+            finally:  # a part may have been changed before it went wrong
+                write_atomic(self._stamp, b"%d\n" % time.time_ns(), durable=False)
 
     @property
     def _stamp(self) -> Path:

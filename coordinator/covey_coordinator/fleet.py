@@ -8,6 +8,7 @@ A *local* fleet is for one machine: its broker is on loopback, and `covey device
 keys. A *networked* one has an address: devices make their keys themselves and join with a token.
 """
 
+import contextlib
 import os
 import re
 import secrets
@@ -29,15 +30,23 @@ from covey_coordinator.config import (
     load_fleet,
     normal_host,
 )
-from covey_coordinator.devices import DeviceBook, revoked_identities, revoked_serials
+from covey_coordinator.devices import (
+    DeviceBook,
+    DeviceRecord,
+    Revoked,
+    revoked_identities,
+    revoked_serials,
+)
 from covey_coordinator.files import storage_error, sync_directory, write_atomic
 from covey_coordinator.fleet_ca import (
     AuthorityDirectory,
+    Certificates,
+    Requests,
     read_line,
     read_private,
     read_public,
 )
-from covey_coordinator.tokens import TokenBook
+from covey_coordinator.tokens import TokenBook, TokenRecord
 from covey_shared import enrolment, keys, wire
 from covey_shared.config import unreadable
 from covey_shared.errors import ConfigError, RemoteProtocolError
@@ -223,6 +232,141 @@ class FleetDirectory:
             shutil.rmtree(fresh, ignore_errors=True)
         return directory
 
+    def make_token(
+        self, name: str, *, hours: float | None, again: bool, now_unix: int
+    ) -> tuple[enrolment.Token, int]:
+        """A token for a device -> it and when it ends. hours: its life; None for the configured one.
+
+        Raises ConfigError if the fleet is local, or the name is bad or taken; StorageError.
+        """
+        check_name(name, "device")
+        config = load_fleet(self.path)
+        if not config.networked:
+            raise ConfigError(
+                "tokens are for fleets with an address (covey init --address HOST); in this one: "
+                f"covey device add {name}"
+            )
+        secret = os.urandom(keys.SEED_BYTES)
+        expires = now_unix + int((config.enrol.token_hours if hours is None else hours) * 3600)
+        pinned = enrolment.fingerprint(wire.body_of(self.trust_message(config)))
+        with self.book.changing():
+            record = self.book.record(name)
+            if record is not None and not again:
+                what = "was revoked" if name in self.revoked_names() else "is there already"
+                raise ConfigError(
+                    f"device {name} {what}; choose another name, or give --again to have this one "
+                    "replaced"
+                )
+            self.tokens.add(
+                secret,
+                TokenRecord(
+                    device=DeviceId(name), made_unix=now_unix, expires_unix=expires, again=again
+                ),
+            )
+        host = normal_host(config.addresses[0])
+        return enrolment.Token(host, config.enrol.port, pinned, secret), expires
+
+    def revoke(self, name: str, now_unix: int) -> bool:
+        """Shut a device out, durably -> False if it was already. Raises ConfigError, StorageError."""
+        networked = load_fleet(self.path).networked
+        with self.book.changing():
+            entry, record = self.device(name), self.book.record(name)
+            news = not entry.revoked_unix
+            if news:
+                grants = [] if record is None else record.grants
+                identity = entry.identity.hex()
+                self.book.revoke(
+                    Revoked(device=entry.name, identity=identity, unix=now_unix, grants=grants)
+                )
+            self.tokens.withdraw(name)
+            if networked:
+                serials = revoked_serials(self.book.revoked(), now_unix)
+                self.tls.write_revocations(serials, now_unix)
+        return news
+
+    def want_renewal(self, name: str, now_unix: int) -> None:
+        """Have a device asked for a renewal. Raises ConfigError, StorageError."""
+        with self.book.changing():
+            entry, record = self.device(name), self.book.record(name)
+            if record is None:
+                raise ConfigError(
+                    f"device {name} has its certificate from `covey device add`; it cannot renew it: "
+                    "add it anew under another name"
+                )
+            if entry.revoked_unix:
+                raise ConfigError(
+                    f"device {name} is revoked; covey device token --again lets it in"
+                )
+            record.wanted_unix = now_unix
+            self.book.save(record)
+
+    # -- a fleet CA elsewhere ---------------------------------------------------------------------
+
+    def identity_requests(self) -> tuple[Requests, list[str]]:
+        """What is to be signed by a fleet CA elsewhere, and the devices' names. Raises ConfigError."""
+        config, key, names, envelopes = load_fleet(self.path), self.coordinator_key(), [], []
+        revoked = self.revoked_identities()
+        for record in self.book.records():
+            if not record.requested_unix or record.key in revoked:
+                continue
+            request = enrolment.IdentityRequest(
+                fleet=config.fleet,
+                device=record.device,
+                identity=record.key,
+                days=config.enrol.days,
+            )
+            names.append(str(record.device))
+            envelopes.append(wire.sign(request, key).envelope)
+        return Requests(fleet=config.fleet, coordinator=key.public.hex(), requests=envelopes), names
+
+    def import_certificates(self, file: Certificates) -> tuple[list[str], list[str]]:
+        """Keep what the fleet CA signed -> the devices that have theirs now, and why others have not.
+
+        Raises ConfigError for another fleet's, StorageError.
+        """
+        trust, taken, refused = self.trust, [], []
+        if file.fleet != trust.fleet:
+            raise ConfigError(f"these certificates are of fleet {file.fleet}, not {trust.fleet}")
+        with self.book.changing():
+            revoked = self.revoked_identities()
+            for envelope in file.certificates:
+                try:
+                    made = wire.opened(
+                        Certificate, envelope, trust.ca, signer="this fleet's CA"
+                    ).message
+                except RemoteProtocolError as error:
+                    refused.append(str(error))
+                    continue
+                record = self.book.record(made.device)
+                if why := self._unfit(made, record, revoked):
+                    refused.append(f"device {made.device}: {why}")
+                elif record is not None:
+                    self.book.install(made.device, envelope)
+                    record.requested_unix = 0
+                    self.book.save(record)
+                    taken.append(str(made.device))
+        return taken, refused
+
+    def _unfit(
+        self, made: Certificate, record: DeviceRecord | None, revoked: frozenset[bytes]
+    ) -> str | None:
+        """Why a certificate of the CA's is not taken in."""
+        if made.fleet != self.trust.fleet:
+            return f"it is for fleet {made.fleet}"
+        if record is None:
+            return "there is no such device here"
+        if made.identity in revoked:
+            return "its identity was revoked"
+        if made.identity != record.key:
+            return "it is for another identity than the registered one"
+        held = self.book.certificate(made.device)
+        if held is not None:
+            with contextlib.suppress(RemoteProtocolError):
+                old = wire.opened(Certificate, held, self.trust.ca, signer="the fleet CA").message
+                if old.identity == made.identity and old.issued_unix > made.issued_unix:
+                    return "there is a newer one"
+        return None
+
     # -- reading ----------------------------------------------------------------------------------
 
     @property
@@ -310,6 +454,15 @@ class FleetDirectory:
             return path.read_bytes()
         except OSError as error:
             raise unreadable(f"broker.ca_file {path}", error) from error
+
+    def device(self, name: str) -> DeviceEntry:
+        """One of them. Raises ConfigError if there is none of that name."""
+        for entry in self.devices():
+            if entry.name == name:
+                return entry
+        raise ConfigError(
+            f"there is no device {name!r} in this fleet; covey device list shows them"
+        )
 
     def devices(self) -> list[DeviceEntry]:
         """All devices that are known here, by name: those with a certificate, and those that wait for

@@ -255,6 +255,17 @@ def read_public(path: Path) -> keys.PublicKey:
     return keys.PublicKey(_from_hex(path))
 
 
+def parse_public(text: str, what: str) -> keys.PublicKey:
+    """A public key that somebody typed. what: for the error. Raises ConfigError."""
+    try:
+        value = bytes.fromhex(text.strip())
+    except ValueError:
+        value = b""
+    if len(value) != 32:
+        raise ConfigError(f"{what} is not a key of 64 hexadecimal digits")
+    return keys.PublicKey(value)
+
+
 def read_private(path: Path) -> keys.SigningKey:
     """A private key's file, which nobody else may be able to read. Raises ConfigError."""
     seed = _from_hex(path)

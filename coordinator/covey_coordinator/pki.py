@@ -239,6 +239,11 @@ def read_leaf(certificate: bytes | x509.Certificate) -> Leaf:
     )
 
 
+def key_of(certificate: bytes) -> object:
+    """The public key in a certificate (DER) of ours, to be compared with another."""
+    return x509.load_der_x509_certificate(certificate).public_key()
+
+
 def _alternative(name: str) -> x509.GeneralName:
     host = normal_host(name)
     try:

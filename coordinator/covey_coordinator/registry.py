@@ -20,9 +20,11 @@ MAX_PRESENT = 100_000
 @dataclass(slots=True)
 class Registry:
     """The coordinator's picture of its fleet. identities: name -> public key, for pinned devices;
-    empty: any device with a certificate of the fleet CA may take part."""
+    empty: any device with a certificate of the fleet CA may take part. revoked: identity keys that
+    may not, whatever their certificates say."""
 
     identities: dict[DeviceId, bytes] = field(default_factory=dict)
+    revoked: frozenset[bytes] = frozenset()
     _present: set[DeviceId] = field(default_factory=set)
     _kept_out: dict[DeviceId, tuple[int, str]] = field(default_factory=dict)
     faults: Counter[DeviceId] = field(default_factory=Counter)
@@ -50,6 +52,8 @@ class Registry:
 
     def admit(self, device: DeviceId, identity: bytes, round_id: int) -> str | None:
         """Why a device with this identity may not take part in a round; None if it may."""
+        if identity in self.revoked:
+            return "its identity was revoked"
         until, reason = self._kept_out.get(device, (0, ""))
         if round_id <= until:
             return f"kept out until round {until}: {reason}"

@@ -42,7 +42,14 @@ from covey_shared.errors import (
     TransportError,
 )
 from covey_shared.keys import Rng, SigningKey
-from covey_shared.messages import DeviceId, ManifestDigest, RoundCall, WantBlob, WantUpload
+from covey_shared.messages import (
+    DeviceId,
+    ManifestDigest,
+    Message,
+    RoundCall,
+    WantBlob,
+    WantUpload,
+)
 from covey_shared.secagg.cohort import Trust
 from covey_shared.topics import OFFLINE, ONLINE, Topics
 from covey_shared.transport import Incoming, Transport
@@ -205,6 +212,10 @@ class CoordinatorService:
         self.connected.clear()
         log.warning("%s", reason)
 
+    async def tell(self, device: DeviceId, message: wire.Signed[Message]) -> None:
+        """Put a message into a device's inbox, outside any round. Raises TransportError."""
+        await self.transport.publish(self._topics.inbox(device), message.envelope)
+
     async def _publish(self, action: Publish) -> None:
         topics = self._topics
         if isinstance(action.message.message, RoundCall):
@@ -219,6 +230,8 @@ class CoordinatorService:
         self, spec: RoundSpec, index: int, spool: UploadDesk, transcript: RoundScribe
     ) -> RoundOutcome:
         """Play one round to its end. Its blobs must be on offer already, its transcript open."""
+        # A call that cannot go out would be too old when it can: devices have only so long to answer.
+        await self.connected.wait()
         started = self._clock()
         bytes_in, bytes_out = self._bytes()
         await self._stored(spool.open)
