@@ -186,6 +186,7 @@ class RoundScribe:
     def leave(self) -> None:
         """Close the file as it is, if it is open; `Scribe.recover` brings it to an end."""
         with self._lock:
+            self._forget_payloads()
             self._close()
 
     @contextlib.contextmanager
@@ -266,6 +267,7 @@ class Scribe:
 
     def recover(self) -> None:
         """Bring transcripts to an end whose rounds the coordinator did not see to theirs."""
+        shutil.rmtree(self._run.spool / KEPT, ignore_errors=True)
         for part in sorted((self._run.path / "rounds").glob(f"*/{PART}")):
             try:
                 _recover(part, self._key)

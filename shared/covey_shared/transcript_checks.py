@@ -605,7 +605,10 @@ class _Verification:
         return f"next model {result.next_model.hex()}"
 
     def _sum(self, total: list[DecodedSum]) -> str:
-        self._needs("payloads", "result", "secrets", "updates")
+        # All that says whose sum it is: a sum that is right in itself may be of somebody else.
+        self._needs(
+            "whole", "call", "manifest", "shares", "updates", "secrets", "payloads", "result"
+        )
         if self.aggregator is None or self.aggregator.added != self.view:
             raise RefusedError("not all masked updates could be added")
         cohort, aggregator = self._cohort(), self.aggregator
