@@ -27,9 +27,11 @@ from covey_coordinator.round import Completed, Moved
 from covey_coordinator.run import HeldOut, RoundOutcome, Run
 from covey_coordinator.service import CoordinatorService
 from covey_coordinator.store import Progress, RoundCounter, RunDirectory, RunState
+from covey_device.audit import Audit, AuditLog
 from covey_device.keystore import MemoryFile
+from covey_device.policy import Policy
 from covey_device.service import DeviceService
-from covey_device.session import Ended, Memory, Policy, Session
+from covey_device.session import Ended, Memory, Session
 from covey_device.trainer import TrainResult, Work
 from covey_shared import keys, wire
 from covey_shared.fixedpoint import to_signed
@@ -216,6 +218,7 @@ class Fleet:
             make_trainer,
             limits=LIMITS,
             rng=os.urandom,
+            audit=Audit(AuditLog(seat.directory)),
         )
         seat.service.on_ended = seat.ended.append
         await seat.service.start()

@@ -31,13 +31,14 @@ from covey_shared.wire import Signed
 FILE = "audit.jsonl"
 SEGMENT_BYTES = 2_000_000
 SEGMENTS = 32
-"""At 2.3 kB a round these 64 MB hold 28,000 rounds: three years of one round an hour."""
+"""At 2.1 kB a round these 64 MB hold 30,000 rounds: three years of one round an hour."""
 
 MAX_TEXT_CHARS = 1000
 MAX_LINE_BYTES = 64 * 1024
 REFUSALS_PER_HOUR = 600
 """Rounds that are refused cost a coordinator nothing; it must not be able to push the log out with them."""
 
+ROUND_KINDS = ("joined", "refused", "sent", "ended")
 _OURS = {"n", "at", "kind", "before"}
 
 
@@ -321,7 +322,12 @@ class Audit:
         self._untold = 0
 
     def note(self, kind: str, **facts: Any) -> None:
-        """Anything else that an owner should know: an enrolment, a renewal, another policy."""
+        """Anything else that an owner should know: an enrolment, a renewal, another policy.
+
+        Durable when this returns; raises StorageError.
+        """
+        if kind in ROUND_KINDS:
+            raise LocalProtocolError(f"entries of kind {kind!r} are about rounds")
         self.log.append(kind, facts, durable=True)
 
     def policy(self, facts: dict[str, Any]) -> None:

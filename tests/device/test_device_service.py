@@ -19,7 +19,7 @@ from covey_device.policy import Policy
 from covey_device.session import Session
 from covey_device.trainer import Work
 from covey_shared.errors import DataError, TrainingError
-from covey_shared.messages import RosterVote
+from covey_shared.messages import CheckIn, Decline, MaskedUpdate, RosterVote, ViewVote
 from covey_shared.transport import Incoming
 from memory_fleet import TOPICS, Fleet, Seat, config, go, hasten, short
 from memory_transport import Delivery, Network
@@ -167,9 +167,10 @@ def test_a_flood_is_bounded_and_told_once(tmp_path: Path, caplog: pytest.LogCapt
 # -- disks -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("when", ["checking in", "uploading"])
+# Check-in, roster vote, update and view vote each follow a save.
+@pytest.mark.parametrize("save", [1, 2, 3, 4])
 def test_what_cannot_be_saved_is_not_sent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: int
 ):
     real, full, saves = os.fsync, [True], []
 
@@ -177,7 +178,7 @@ def test_what_cannot_be_saved_is_not_sent(
         path = str(Path(f"/proc/self/fd/{fd}").readlink())
         if "/pi-1/" in path:
             saves.append(path)
-            if full and len(saves) == (1 if when == "checking in" else 2):
+            if full and len(saves) == save:
                 full.clear()
                 raise OSError(errno.ENOSPC, "No space left on device")
         real(fd)
@@ -189,14 +190,19 @@ def test_what_cannot_be_saved_is_not_sent(
             deadlines = short(gather_s=0.5, collect_s=2.0)
             await fleet.play(fleet.run(config(rounds=2, deadlines=deadlines)))
             assert not full
-            assert survivors(fleet) == [
-                ("pi-0", "pi-2", "pi-3"),
-                ("pi-0", "pi-1", "pi-2", "pi-3"),
-            ]
+            everyone = ("pi-0", "pi-1", "pi-2", "pi-3")
+            without = ("pi-0", "pi-2", "pi-3")
+            assert survivors(fleet) == [everyone if save == 4 else without, everyone]
             assert "No space left" not in seat.ended[0].outcome  # it is nobody else's business
             assert "declined" in seat.ended[0].outcome
-            sent = [t for s, t, _ in fleet.network.log if s == seat.name and "/up/" in t]
-            assert len(sent) == 1
+            sent = [(t, p[1]) for s, t, p in fleet.network.log if s == seat.name]
+            assert len([t for t, _ in sent if "/up/" in t]) == (2 if save == 4 else 1)
+            kinds = [kind for t, kind in sent if t == TOPICS.outbox(seat.name)]
+            saved = (CheckIn, RosterVote, MaskedUpdate, ViewVote)
+            before = kinds[: kinds.index(Decline.CODE)]
+            assert {kind.CODE for kind in saved} & set(before) == {
+                kind.CODE for kind in saved[: save - 1]
+            }
 
     go(scenario())
 
