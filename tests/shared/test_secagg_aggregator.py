@@ -89,6 +89,14 @@ def test_a_sum_is_taken_once():
         aggregator.add(0, mallory.payloads[mallory.lab.names[0]])
 
 
+def test_nothing_is_added_once_the_sum_was_taken():
+    mallory = until_collected(7, dropped=1).propose().reveal()
+    aggregator = unmasked(mallory)
+    aggregator.finish()
+    with pytest.raises(LocalProtocolError, match="cannot be added"):
+        aggregator.add(6, mallory.payloads[mallory.lab.names[6]])
+
+
 def test_an_update_is_added_once_and_only_from_the_roster():
     mallory = until_collected(4)
     aggregator = Aggregator(mallory.cohort, frozenset({0, 1, 2}), mallory.reveal_key)

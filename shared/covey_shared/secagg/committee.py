@@ -137,7 +137,7 @@ class CommitteeMember:
         cohort = self._cohort
         if view.h != cohort.h:
             raise RefusedError("a view of another round or manifest")
-        if self._voted_view is None or view.u3 != self._voted_view:
+        if view.u3 != self._voted_view:
             raise RefusedError("the view is not the one this member signed")
         if self._revealed:
             raise LocalProtocolError("this round's shares were revealed already")

@@ -76,7 +76,6 @@ class Participant:
         self.cohort: Cohort | None = None
         self.index = -1
         self.roster: frozenset[int] | None = None
-        self._masked = False
 
     def share(self, manifest: Signed[Manifest], expected: rules.Expectation) -> Signed[Shares]:
         """Check the manifest and share both seeds among the committee.
@@ -133,12 +132,13 @@ class Participant:
 
         ring: lane[n_coordinates], overwritten. Returns the signed digest and the packed payload.
         """
-        cohort, roster, mask_key = self._cohort(), self.roster, self._mask_key
-        if roster is None or not self.on_roster:
+        cohort, roster = self._cohort(), self.roster or frozenset()
+        if self.index not in roster:
             raise LocalProtocolError("an update cannot be masked without a roster that names us")
-        if self._masked or mask_key is None:
+        # Taken before it is used: whatever fails from here on, there is no second mask.
+        mask_key, self._mask_key = self._mask_key, None
+        if mask_key is None:
             raise LocalProtocolError("this round's update was masked already")
-        self._masked = True
         plus: list[bytes] = [self_mask_key(self._b, cohort.h, self.device)]
         minus: list[bytes] = []
         for peer in cohort.peers:
@@ -166,7 +166,6 @@ class Participant:
         """Drop the seeds. Python cannot wipe memory, but nothing refers to them any longer."""
         self._b = self._s = b""
         self._mask_key = None
-        self._masked = True
 
     def _cohort(self) -> Cohort:
         if self.cohort is None:
