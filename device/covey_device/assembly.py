@@ -1,6 +1,7 @@
 """From device.toml to a running device: the one place where the parts are put together."""
 
 import os
+import random
 import ssl
 import time
 from collections.abc import Callable
@@ -9,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from covey_device import config as configuration
+from covey_device import tls
 from covey_device.audit import Audit, AuditLog
-from covey_device.config import DeviceConfig, PolicyFile
+from covey_device.config import BrokerConfig, DeviceConfig, PolicyFile
 from covey_device.data.config import CsvData, IdxData, NpyData, NpzData, PythonData
 from covey_device.keystore import (
     MemoryFile,
@@ -18,11 +20,12 @@ from covey_device.keystore import (
     load_certificate,
     load_identity,
 )
+from covey_device.renewal import WAITS, Renewal, trust_of
 from covey_device.service import DeviceService, limits_of, trainer_factory
 from covey_device.session import Session
 from covey_shared.config import unreadable
 from covey_shared.errors import ConfigError
-from covey_shared.keys import PublicKey, SigningKey
+from covey_shared.keys import SigningKey
 from covey_shared.messages import DeviceId
 from covey_shared.mqtt import MqttTransport
 from covey_shared.secagg.cohort import Trust
@@ -32,8 +35,10 @@ from covey_shared.transport import Will
 
 @dataclass(frozen=True, slots=True)
 class DeviceParts:
-    """What a device is made of, read from disk and checked. base: device.toml's folder."""
+    """What a device is made of, read from disk and checked. base: device.toml's folder. certificate:
+    empty while the fleet CA has yet to sign it."""
 
+    path: Path
     config: DeviceConfig
     base: Path
     trust: Trust
@@ -48,22 +53,25 @@ class DeviceParts:
 def load_device(path: Path) -> DeviceParts:
     """Read and check everything that device.toml names. Raises ConfigError or StorageError."""
     config, base = configuration.load(path), path.parent
-    trust = Trust(
-        config.fleet,
-        PublicKey(bytes.fromhex(config.trust.fleet_ca)),
-        PublicKey(bytes.fromhex(config.trust.coordinator)),
-    )
+    trust = trust_of(config)
     identity = load_identity(base / config.identity)
-    certificate = load_certificate(
-        base / config.certificate, trust.ca, config.fleet, config.device, identity.public
-    )
+    certificate = _certificate(config, base, trust, identity)
     password = None
     if config.broker.password_file is not None:
         password = _password(base / config.broker.password_file)
-    tls = None if config.broker.ca_file is None else _tls(base / config.broker.ca_file)
+    tls = _tls(config.broker, base)
     memory = MemoryFile(base / config.state)
     policy = PolicyFile(base / config.policy)
-    return DeviceParts(config, base, trust, identity, certificate, memory, policy, password, tls)
+    return DeviceParts(
+        path, config, base, trust, identity, certificate, memory, policy, password, tls
+    )
+
+
+def _certificate(config: DeviceConfig, base: Path, trust: Trust, identity: SigningKey) -> bytes:
+    path = base / config.certificate
+    if config.enrol is not None and not path.exists():
+        return b""  # the fleet CA has yet to sign it; `renewal` asks for it
+    return load_certificate(path, trust.ca, config.fleet, config.device, identity.public)
 
 
 def _password(path: Path) -> str:
@@ -73,8 +81,13 @@ def _password(path: Path) -> str:
         raise unreadable(f"broker.password_file {path}", error) from error
 
 
-def _tls(ca_file: Path) -> ssl.SSLContext:
-    """Trusts this authority, and no other."""
+def _tls(broker: BrokerConfig, base: Path) -> ssl.SSLContext | None:
+    """Trusts the configured authority, and no other; None if none is configured."""
+    if broker.ca_file is None:
+        return None
+    ca_file = base / broker.ca_file
+    if broker.cert_file is not None and broker.key_file is not None:
+        return tls.of_files(ca_file, base / broker.cert_file, base / broker.key_file)
     try:
         return ssl.create_default_context(cafile=ca_file)
     except ssl.SSLError as error:
@@ -87,10 +100,15 @@ def concerns(parts: DeviceParts, now_unix: float) -> list[str]:
     """What will keep this device out of rounds, as far as can be told without a round. A service
     starts all the same: data may be mounted later, and a clock without a battery may be wrong."""
     found = []
-    ends = certificate_end(parts.certificate)
-    if ends < now_unix:
+    enrolled = parts.config.enrol is not None
+    if parts.certificate and (ends := certificate_end(parts.certificate)) < now_unix:
         day = time.strftime("%Y-%m-%d", time.gmtime(ends))
-        found.append(f"the certificate ended on {day}: make another with `covey device add`")
+        anew = (
+            "`covey-device renew` asks for another"
+            if enrolled
+            else "make another with `covey device add`"
+        )
+        found.append(f"the certificate ended on {day}: {anew}")
     data = parts.config.data
     files = {
         NpzData: ("file",),
@@ -120,6 +138,38 @@ def steady_clock() -> Callable[[], float]:
     return lambda: started + time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+def certificates_in_words(parts: DeviceParts, now_unix: float) -> list[str]:
+    """What this device can show of itself and until when, a line each, for its owner.
+
+    Loads `cryptography` for a device with a TLS certificate: not for the service. Raises ConfigError for
+    certificates that are not from whom this device trusts, or have ended.
+    """
+    from covey_device import enrol
+    from covey_device.renewal import tls_life_of
+
+    lines = []
+    if parts.certificate:
+        ends = tls.in_words(certificate_end(parts.certificate))
+        lines.append(f"identity certificate: until {ends}")
+    else:
+        lines.append(f"identity certificate: none yet; {WAITS}")
+    broker = parts.config.broker
+    if broker.cert_file is not None and broker.ca_file is not None:
+        path = parts.base / broker.cert_file
+        if parts.config.enrol is not None:
+            enrol.check_pair_file(path, parts.base / broker.ca_file, parts.config.device)
+        life = tls_life_of(path)
+        if life.ends_unix <= now_unix:
+            raise ConfigError(
+                f"the TLS certificate ended on {tls.in_words(life.ends_unix)}: set the clock if it is "
+                "wrong, or ask your operator for a token and run `covey-device join --force`"
+            )
+        lines.append(f"TLS certificate: until {tls.in_words(life.ends_unix)}")
+        if parts.config.enrol is not None:
+            lines.append(f"renewal: by {tls.in_words(life.due_unix)} at the latest")
+    return lines
+
+
 def assemble(parts: DeviceParts) -> DeviceService:
     """A device service, not started."""
     config = parts.config
@@ -137,14 +187,15 @@ def assemble(parts: DeviceParts) -> DeviceService:
     )
     transport = MqttTransport(
         config.broker.url,
-        f"{config.fleet}-{device}",
+        # A broker that knows its clients by certificates makes their names the client ids.
+        device if config.broker.cert_file else f"{config.fleet}-{device}",
         username=config.broker.username,
         password=parts.password,
         tls=parts.tls,
         keepalive_s=config.broker.keepalive_s,
         will=Will(Topics(config.fleet).presence(device), OFFLINE),
     )
-    return DeviceService(
+    service = DeviceService(
         session,
         parts.identity,
         config.fleet,
@@ -159,3 +210,21 @@ def assemble(parts: DeviceParts) -> DeviceService:
         policy=policy,
         audit=audit_of(parts),
     )
+    if config.enrol is not None:
+        service.renewal = Renewal(
+            parts.path,
+            device,
+            lambda: _use_renewed(parts, service),
+            waiting=not parts.certificate,
+            uniform=random.SystemRandom().uniform,
+        )
+    return service
+
+
+async def _use_renewed(parts: DeviceParts, service: DeviceService) -> None:
+    """Certificates on the disk are new: the next connection and the next round use them."""
+    config, base = parts.config, parts.base
+    broker = config.broker
+    if parts.tls is not None and broker.cert_file is not None and broker.key_file is not None:
+        tls.load_own(parts.tls, base / broker.cert_file, base / broker.key_file)
+    await service.recertify(_certificate(config, base, parts.trust, parts.identity))

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -67,24 +68,98 @@ def run(config_path: Path, verbose: bool) -> None:
     asyncio.run(_serve(config_path))
 
 
+@main.command(short_help="Join a fleet, with a token of its coordinator.")
+@click.argument("token")
+@config_option
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The device's .npz file; otherwise set [data] in its device.toml.",
+)
+@click.option(
+    "--expect-ca",
+    metavar="FINGERPRINT",
+    help="Join only a fleet whose CA has this fingerprint.",
+)
+@click.option("--force", is_flag=True, help="Replace an enrolment that is there.")
+def join(
+    token: str, config_path: Path, data: Path | None, expect_ca: str | None, force: bool
+) -> None:
+    """Join a fleet with the TOKEN that `covey device token` printed: make this device's keys, have them
+    certified, write device.toml. TOKEN may be - to be read from standard input."""
+    from covey_device import enrol
+    from covey_shared.enrolment import decode_token
+
+    if token == "-":  # noqa: S105  (no secret: where it is read from)
+        hidden = sys.stdin.isatty()
+        token = click.prompt("token", hide_input=True) if hidden else sys.stdin.readline()
+    joined = enrol.join(
+        decode_token(token),
+        config_path,
+        data=data,
+        expect_ca=None if expect_ca is None else enrol.expected_ca(expect_ca),
+        force=force,
+    )
+    click.echo(f"joined fleet {joined.fleet} as {joined.device}")
+    click.echo(f"fleet CA: {enrol.in_groups(joined.fleet_ca)}")
+    click.echo(f"identity: {enrol.in_groups(joined.identity)}")
+    click.echo(f"keys and certificates: {joined.keys}, for this user alone")
+    click.echo(f"configuration: {joined.config}")
+    if joined.kept is not None:
+        click.echo(f"the configuration before is in {joined.kept}; its keys are where they were")
+    if joined.waiting:
+        click.echo(
+            "waiting: the fleet CA, on another machine, has yet to sign this device's identity; tell "
+            "your operator to run `covey ca sign`. Until then this device takes part in no round, and "
+            "covey-device run asks again by itself"
+        )
+    there = "" if joined.data_there else f"put the data into {joined.data}, or set [data], then "
+    click.echo(f"next: {there}covey-device run --config {joined.config}")
+
+
+@main.command(short_help="Renew the certificates now.")
+@config_option
+@click.option("--if-due", is_flag=True, help="Only those that have spent two thirds of their life.")
+def renew(config_path: Path, if_due: bool) -> None:
+    """Renew this device's certificates over mutual TLS. A running covey-device does so by itself, and
+    uses what was renewed by hand within a day, or when it is started again."""
+    from covey_device.renewal import WAITS
+    from covey_device.renewal import renew as renew_now
+
+    report = renew_now(config_path, now_unix=time.time(), anyway=not if_due)
+    click.echo(f"renewed: {' and '.join(report.renewed) or 'nothing'}")
+    due = time.strftime("%Y-%m-%d", time.gmtime(report.due_unix))
+    click.echo(f"next renewal: {due}")
+    if report.note:
+        click.echo(report.note)
+    if report.waiting:
+        click.echo(f"waiting: {WAITS}")
+
+
 @main.command(short_help="Check the configuration and what it names.")
 @config_option
 def check(config_path: Path) -> None:
     """Check the configuration, the keys, the certificate, the state and the data files, without
     connecting."""
-    from covey_device.assembly import concerns, load_device
+    from covey_device.assembly import certificates_in_words, concerns, load_device
+    from covey_device.enrol import in_groups
     from covey_shared.mqtt import parse_broker_url
 
     parts = load_device(config_path)
     click.echo(f"device {parts.config.device} of fleet {parts.config.fleet}")
+    click.echo(f"identity: {in_groups(parts.identity.public)}")
+    click.echo(f"fleet CA: {in_groups(parts.trust.ca)}")
     click.echo(f"broker: {parse_broker_url(parts.config.broker.url)}")
+    for line in certificates_in_words(parts, time.time()):
+        click.echo(line)
     click.echo(f"last round: {parts.memory.load().last_round}")
     click.echo(f"policy: {parts.policy.path if parts.policy.path.exists() else 'the defaults'}")
     for line in parts.policy.current.in_words():
         click.echo(f"  {line}")
     if found := concerns(parts, time.time()):
         raise ConfigError("; ".join(found))
-    click.echo("configuration, identity, certificate, state and data files are there and sound")
+    certificate = "certificate" if parts.certificate else "TLS certificate"
+    click.echo(f"configuration, identity, {certificate}, state and data files are there and sound")
 
 
 async def _serve(config_path: Path) -> None:

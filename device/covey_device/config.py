@@ -27,13 +27,23 @@ PlanHex = Annotated[
 
 class BrokerConfig(Config, frozen=True):
     """[broker]: where the fleet meets. password_file: its first line is the password. ca_file: PEM, the
-    authority of a mqtts:// broker's certificate, if the system does not know it."""
+    authority of a mqtts:// broker's certificate, if the system does not know it. cert_file, key_file:
+    PEM, perhaps one file: who this device is to a broker that asks for certificates."""
 
     url: str
     username: str | None = None
     password_file: FileName | None = None
     ca_file: FileName | None = None
+    cert_file: FileName | None = None
+    key_file: FileName | None = None
     keepalive_s: Annotated[int, Meta(ge=5, le=3600)] = 60
+
+
+class EnrolConfig(Config, frozen=True):
+    """[enrol]: where certificates are renewed; `covey-device join` writes it."""
+
+    host: Annotated[str, Meta(min_length=1, description="a host name or address in quotes")]
+    port: Annotated[int, Meta(ge=1, le=65535)] = 8884
 
 
 class TrustConfig(Config, frozen=True):
@@ -55,6 +65,7 @@ class DeviceConfig(Config, frozen=True):
     certificate: FileName = "certificate"
     state: FileName = "state"
     policy: FileName = DEFAULT_POLICY
+    enrol: EnrolConfig | None = None
 
 
 class LimitsConfig(Config, frozen=True):
@@ -184,7 +195,8 @@ def load(path: Path) -> DeviceConfig:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(
-            f"{path} does not exist; `covey device add NAME` on the coordinator writes one"
+            f"{path} does not exist; `covey-device join TOKEN` writes one (for a device on the "
+            "coordinator's own machine, `covey device add NAME`)"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise config.unreadable(path, error) from error
@@ -197,6 +209,21 @@ def load(path: Path) -> DeviceConfig:
         raise ConfigError(
             f"{path}: key `broker.username` is missing; `broker.password_file` goes with it"
         )
-    if device.broker.ca_file and not url.tls:
-        raise ConfigError(f"{path}: key `broker.ca_file` goes with a `broker.url` of mqtts://")
+    for key in ("ca_file", "cert_file", "key_file"):
+        if getattr(device.broker, key) and not url.tls:
+            raise ConfigError(f"{path}: key `broker.{key}` goes with a `broker.url` of mqtts://")
+    if (device.broker.cert_file is None) != (device.broker.key_file is None):
+        raise ConfigError(f"{path}: keys `broker.cert_file` and `broker.key_file` go together")
+    if device.broker.cert_file and not device.broker.ca_file:
+        raise ConfigError(
+            f"{path}: key `broker.ca_file` is missing; `broker.cert_file` goes with it"
+        )
+    if device.enrol and (
+        device.broker.cert_file is None or device.broker.cert_file != device.broker.key_file
+    ):
+        # A new key and its certificate can only be put in place together as one file.
+        raise ConfigError(
+            f"{path}: table `enrol` goes with `broker.cert_file` and `broker.key_file` that are one "
+            "and the same file"
+        )
     return device

@@ -56,7 +56,7 @@ def load_identity(path: Path) -> keys.SigningKey:
         text = path.read_text(encoding="utf-8").strip()
     except FileNotFoundError as error:
         problem = config.unreadable(f"identity key {path}", error)
-        raise ConfigError(f"{problem}; `covey device add` makes one") from error
+        raise ConfigError(f"{problem}; `covey-device join` makes one") from error
     except (OSError, UnicodeDecodeError) as error:
         raise config.unreadable(f"identity key {path}", error) from error
     if mode & 0o077:

@@ -20,13 +20,16 @@ import numpy as np
 from covey_device.audit import Audit
 from covey_device.blobs import BlobFetcher, Ranges
 from covey_device.config import DeviceConfig, LimitsConfig, PolicyFile
+from covey_device.data import DataConfig
 from covey_device.keystore import MemoryFile
+from covey_device.renewal import Renewal
 from covey_device.session import (
     Action,
     Ended,
     Fetch,
     Prepared,
     Publish,
+    Renew,
     Save,
     Session,
     StopTraining,
@@ -133,6 +136,8 @@ class DeviceService:
         self._blobs = BlobFetcher(transport, self._topics, self._ask)
         self._blob_prefix = self._topics.blob(b"")
         self.on_ended: Callable[[Ended], None] = lambda ended: None
+        self.renewal: Renewal | None = None
+        """Looks after the certificates of a device that was enrolled with a token."""
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -153,6 +158,8 @@ class DeviceService:
         await self.transport.subscribe(topics.round, topics.all, topics.inbox(self.device))
         self._spawn(self._tasks, self._work())
         self._spawn(self._tasks, self._send())
+        if self.renewal is not None:
+            self._spawn(self._tasks, self.renewal.run())
 
     async def close(self, *, graceful: bool = True) -> None:
         """Stop. graceful=False: as if the plug were pulled."""
@@ -287,6 +294,15 @@ class DeviceService:
         self._session.policy = policy.current.policy
         await self._told(lambda audit: audit.policy(policy.current.facts()))
 
+    async def recertify(self, certificate: bytes) -> None:
+        """Take part with this identity certificate from the next round on."""
+
+        def step() -> list[Action]:
+            self._session.certificate = certificate
+            return []
+
+        await self._do(step)
+
     # -- the owner's record -----------------------------------------------------------------------
 
     def _announce(self, actions: list[Action]) -> None:
@@ -350,12 +366,18 @@ class DeviceService:
                     task.cancel()
                 self._spawn(self._round_tasks, self._fetch(call))
             case Train(round_id, head):
+                if self.renewal is not None:
+                    self.renewal.seen(head.issued_unix)
                 self._stop_training.set()
                 stop = self._stop_training = threading.Event()
                 log.info("%s: round %d: training", self.device, round_id)
                 self._spawn(self._tasks, self._train(round_id, head, stop))
             case StopTraining():
                 self._stop_training.set()
+            case Renew(issued_unix):
+                if self.renewal is not None:
+                    self.renewal.seen(issued_unix)
+                    self.renewal.wanted()
             case Ended():
                 log.info("%s: round %d: %s", self.device, action.round_id, action.outcome)
                 self.on_ended(action)

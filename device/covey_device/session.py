@@ -20,6 +20,7 @@ from typing import Any
 
 from covey_device.policy import Day, Policy
 from covey_shared import wire
+from covey_shared.enrolment import RenewalWanted
 from covey_shared.errors import LocalProtocolError, RefusedError, RemoteProtocolError
 from covey_shared.keys import Rng, SigningKey
 from covey_shared.layout import Flat
@@ -218,7 +219,14 @@ class Ended:
     call: RoundCall | None = field(default=None, compare=False, repr=False)
 
 
-Action = Publish | Upload | Fetch | Train | StopTraining | Save | Ended
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """The coordinator wants this device to renew its certificates. issued_unix: since when."""
+
+    issued_unix: int
+
+
+Action = Publish | Upload | Fetch | Train | StopTraining | Save | Ended | Renew
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,8 +257,9 @@ class _Round:
 class Session:
     """The device's side of all rounds, one at a time.
 
-    certificate: the envelope the fleet CA signed for `identity`. policy: may be replaced at any time;
-    a round that was begun goes on under the one it was begun with. memory: what the key store kept.
+    certificate: the envelope the fleet CA signed for `identity`; empty while it has yet to, which keeps
+    this device out of rounds. It and policy may be replaced at any time; a round that was begun goes on
+    with those it was begun with. memory: what the key store kept.
     clock: seconds since 1970, for the bound on rounds a day alone. witness: told each encoded update
     before it is masked; for simulations, never set in the field.
     """
@@ -270,7 +279,7 @@ class Session:
     ) -> None:
         self._trust = trust
         self._identity = identity
-        self._certificate = certificate
+        self.certificate = certificate
         self.device = device
         self.policy = policy
         self._memory = memory
@@ -301,6 +310,8 @@ class Session:
         message = signed.message
         if isinstance(message, RoundCall):
             return self._call(Signed(message, signed.envelope))
+        if isinstance(message, RenewalWanted):
+            return self._renewal_wanted(message)
         current = self._current(message)
         if isinstance(message, WantUpload):
             return self._want_upload(current, message)
@@ -316,6 +327,11 @@ class Session:
         again = tuple(a for a in actions if isinstance(a, Publish))
         current.answered[type(message)] = (signed.envelope, again)
         return actions
+
+    def _renewal_wanted(self, message: RenewalWanted) -> list[Action]:
+        if (message.fleet, message.device) != (self._trust.fleet, self.device):
+            raise RefusedError(f"a renewal for {message.device} of fleet {message.fleet}")
+        return [Renew(message.issued_unix)]
 
     def _current(self, message: Message) -> _Round:
         """The round that a message belongs to. Raises RefusedError if we are not in it."""
@@ -376,6 +392,8 @@ class Session:
         now, memory = self._clock(), self._memory
         reason = self.policy.objection(call, memory.contributed, memory.day, now)
         self._memory = replace(memory, day=memory.day.at(now))
+        if not self.certificate:
+            reason = "the fleet CA has yet to sign this device's identity"
         if reason is None:
             return [*actions, Fetch(call)]
         if self._memory.day.worth_saving(self._saved_day):
@@ -406,7 +424,7 @@ class Session:
         self.phase = self._next(Event.READY)
         call = current.call.message
         participant = Participant(
-            self._trust, self._identity, self._certificate, self.device, call, self._rng
+            self._trust, self._identity, self.certificate, self.device, call, self._rng
         )
         current.prepared, current.participant = prepared, participant
         save = self._save(last_round=call.round, day=self._memory.day.join(self._clock()))

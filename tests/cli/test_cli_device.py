@@ -13,9 +13,11 @@ from click.testing import CliRunner, Result
 
 from covey_coordinator.config import BrokerConfig
 from covey_coordinator.fleet import FleetDirectory
+from covey_coordinator.fleet_ca import fingerprint
 from covey_device.cli import main
-from covey_device.keystore import MemoryFile
+from covey_device.keystore import MemoryFile, certificate_end, load_identity
 from covey_device.session import Memory
+from covey_device.tls import in_words
 from covey_shared.keys import SigningKey
 
 CoveyDevice = Callable[..., Result]
@@ -69,12 +71,34 @@ def test_a_sound_device(covey_device: CoveyDevice, home: Path):
     MemoryFile(home / "state").save(Memory(41))
     result = check(covey_device)
     assert result.exit_code == 0
-    assert result.stdout.splitlines() == [
+    identity = load_identity(home / "identity.key").public
+    ca = FleetDirectory(home.parents[1]).trust.ca
+    ends = certificate_end((home / "certificate").read_bytes())
+    lines = result.stdout.splitlines()
+    assert lines[:6] == [
         "device pi-1 of fleet farm",
+        f"identity: {fingerprint(identity)}",
+        f"fleet CA: {fingerprint(ca)}",
         "broker: mqtt://127.0.0.1:1883",
+        f"identity certificate: until {in_words(ends)}",
         "last round: 41",
-        "configuration, identity, certificate, state and data files are there and sound",
     ]
+    assert lines[-1] == (
+        "configuration, identity, certificate, state and data files are there and sound"
+    )
+
+
+def test_the_policy_that_holds_is_shown(covey_device: CoveyDevice, home: Path):
+    lines = check(covey_device).stdout.splitlines()
+    at = lines.index("policy: the defaults")
+    assert lines[at + 1] == "  takes part in sums of at least 3 devices"
+    policy = home / "policy.toml"
+    policy.write_text(f'rounds_per_day = 24\nowners = ["{"ab" * 32}"]\n')
+    lines = check(covey_device).stdout.splitlines()
+    at = lines.index("policy: policy.toml")
+    assert "  joins at most 24 rounds a day" in lines[at:]
+    assert "  runs only plans signed by abababababababab..." in lines[at:]
+    assert policy.read_text().startswith("rounds_per_day = 24\n")  # its owner's own
 
 
 def test_a_password_in_the_url_is_not_shown(covey_device: CoveyDevice, home: Path):
@@ -82,6 +106,15 @@ def test_a_password_in_the_url_is_not_shown(covey_device: CoveyDevice, home: Pat
     result = check(covey_device)
     assert "broker: mqtt://broker.lan:1883" in result.stdout
     assert "hunter2" not in result.output
+
+
+def policy_typo(home: Path) -> None:
+    (home / "policy.toml").write_text("[limits]\nmax_memory = 100\n")
+
+
+def other_policy(home: Path) -> None:
+    text = (home / "device.toml").read_text()
+    (home / "device.toml").write_text('policy = "mine.toml"\n' + text)
 
 
 def break_key(home: Path) -> None:
@@ -115,7 +148,7 @@ def no_data(home: Path) -> None:
 
 
 def typo(home: Path) -> None:
-    change(home, limits={"max_memory": 100})
+    change(home, broker={"keepalive": 100})
 
 
 def no_config(home: Path) -> None:
@@ -123,8 +156,12 @@ def no_config(home: Path) -> None:
 
 
 PROBLEMS: dict[Callable[[Path], None], str] = {
-    no_config: "device.toml does not exist; `covey device add NAME` on the coordinator writes one",
-    typo: "device.toml: unknown key `limits.max_memory`; did you mean `limits.max_memory_mb`?",
+    no_config: "device.toml does not exist; `covey-device join TOKEN` writes one (for a device on the "
+    "coordinator's own machine, `covey device add NAME`)",
+    typo: "device.toml: unknown key `broker.keepalive`; did you mean `broker.keepalive_s`?",
+    policy_typo: "policy.toml: unknown key `limits.max_memory`; did you mean `limits.max_memory_mb`?",
+    other_policy: "mine.toml does not exist; key `policy` of device.toml names it: write one, or "
+    "remove the key",
     break_key: "identity key identity.key is not 64 hexadecimal digits",
     open_key: "identity key identity.key can be read by others (mode 0644); "
     "run: chmod 600 identity.key",
@@ -160,7 +197,10 @@ def test_help_is_short_enough_to_read(covey_device: CoveyDevice):
     top = covey_device("--help").stdout
     assert re.search(r"^  check +Check the configuration and what it names\.$", top, re.MULTILINE)
     assert re.search(r"^  run +Serve until stopped\.$", top, re.MULTILINE)
-    for command in ("check", "run"):
+    assert re.search(
+        r"^  join +Join a fleet, with a token of its coordinator\.$", top, re.MULTILINE
+    )
+    for command in ("check", "renew", "run"):
         text = covey_device(command, "-h").stdout
         assert text.startswith(f"Usage: covey-device {command} [OPTIONS]")
         assert max(map(len, text.splitlines())) <= 80

@@ -32,8 +32,15 @@ def name_of(key: Key) -> str:
     return f"{key.name}-{key.tag}" if key.tag else key.name
 
 
+ENROLLED: dict[str, Any] = {
+    "broker": {"url": "mqtts://h", "ca_file": "ca", "cert_file": "own", "key_file": "own"},
+    "enrol": {"host": "h"},
+}
+
+
 def table_for(key: Key) -> dict[str, Any]:
-    return BASE | {"data": DATA[key.tag]}
+    enrolled = ENROLLED if key.name.startswith("enrol.") else {}
+    return BASE | enrolled | {"data": DATA[key.tag]}
 
 
 def load(tmp_path: Path, table: dict[str, Any] | str) -> DeviceConfig:
@@ -118,6 +125,18 @@ def test_a_scale_that_makes_no_sense(tmp_path: Path, scale: object, problem: str
             "key `broker.ca_file` goes with a `broker.url` of mqtts://",
         ),
         (
+            {"url": "mqtt://h", "cert_file": "p", "key_file": "p"},
+            "key `broker.cert_file` goes with a `broker.url` of mqtts://",
+        ),
+        (
+            {"url": "mqtts://h", "ca_file": "a", "cert_file": "p"},
+            "keys `broker.cert_file` and `broker.key_file` go together",
+        ),
+        (
+            {"url": "mqtts://h", "cert_file": "p", "key_file": "p"},
+            "key `broker.ca_file` is missing; `broker.cert_file` goes with it",
+        ),
+        (
             {"url": "mqtt://h", "password_file": "p"},
             "key `broker.username` is missing; `broker.password_file` goes with it",
         ),
@@ -141,7 +160,8 @@ def test_a_file_that_is_missing_says_where_one_comes_from(tmp_path: Path):
         config.load(tmp_path / "none.toml")
     assert str(caught.value) == (
         f"{tmp_path / 'none.toml'} does not exist; "
-        "`covey device add NAME` on the coordinator writes one"
+        "`covey-device join TOKEN` writes one (for a device on the coordinator's own machine, "
+        "`covey device add NAME`)"
     )
 
 
@@ -152,3 +172,12 @@ def test_a_file_that_cannot_be_read(tmp_path: Path):
     path.write_bytes(b"fleet = '\xff'")
     with pytest.raises(ConfigError, match=r"device\.toml cannot be read: it is not UTF-8 text"):
         config.load(path)
+
+
+@pytest.mark.parametrize("broker", [{}, {"key_file": "another"}])
+def test_renewal_wants_key_and_certificate_in_one_file(tmp_path: Path, broker: dict[str, str]):
+    broker = ENROLLED["broker"] | broker if broker else BASE["broker"]
+    table = BASE | ENROLLED | {"data": DATA["npz"], "broker": broker}
+    assert "table `enrol` goes with `broker.cert_file` and `broker.key_file`" in told(
+        tmp_path, table
+    )

@@ -59,7 +59,7 @@ def test_a_key_that_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
         load_identity(path)
     assert str(caught.value) == (
-        f"identity key {path} cannot be read: No such file or directory; `covey device add` makes one"
+        f"identity key {path} cannot be read: No such file or directory; `covey-device join` makes one"
     )
 
 
