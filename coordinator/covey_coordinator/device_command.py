@@ -173,6 +173,7 @@ def device_revoke(name: str, fleet_dir: Path) -> None:
     Its identity is refused for ever, under any name. A device of the same name with new keys can join
     with `covey device token --again`.
     """
+    from covey_coordinator.config import load_fleet
     from covey_coordinator.fleet import FleetDirectory
     from covey_coordinator.status import read_status
 
@@ -183,6 +184,8 @@ def device_revoke(name: str, fleet_dir: Path) -> None:
     click.echo(f"device {name} revoked: from the next round on no sum contains it")
     if read_status(fleet_dir) is None:
         click.echo("`covey up` does not run for this fleet; it will know when it starts")
+    if load_fleet(fleet_dir).broker.kind == "external":
+        click.echo("your broker still lets it in: covey broker config says how to tell it")
 
 
 @device.command("renew", short_help="Have a device renew its certificates now.")

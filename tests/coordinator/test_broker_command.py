@@ -18,7 +18,7 @@ from covey_coordinator.broker import mosquitto, running
 from covey_coordinator.broker.access import access_control
 from covey_coordinator.cli import main
 from covey_coordinator.config import BrokerConfig, load_fleet
-from covey_coordinator.devices import DeviceRecord, Grant, Revoked
+from covey_coordinator.devices import DeviceRecord, Grant
 from covey_coordinator.fleet import FleetDirectory
 from covey_coordinator.kept_broker import tls_of
 from covey_shared.messages import DeviceId
@@ -111,9 +111,8 @@ def test_after_a_revocation_it_says_so(fleet: FleetDirectory, tmp_path: Path):
     )
     with fleet.book.changing():
         fleet.book.save(record)
-        fleet.book.revoke(
-            Revoked(device=DeviceId("pi-1"), identity=identity, unix=1, grants=[grant])
-        )
+    done = CliRunner().invoke(main, ["device", "revoke", "pi-1", "--fleet-dir", str(fleet.path)])
+    assert "your broker still lets it in: covey broker config" in done.output
     assert "revoked in it: pi-1" in config(fleet, output)
     assert (output / "covey.acl").read_text() == access_control("farm", ["pi-1"]) != rules
     assert (output / "crl.pem").read_bytes() != revocations
