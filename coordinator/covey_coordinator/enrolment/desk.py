@@ -122,7 +122,7 @@ class EnrolmentDesk:
                 case RenewRequest():
                     answer = self._renew(wire.decode_as(RenewRequest, request), peer, now_unix)
                 case other:
-                    raise MalformedError(f"a {other.LABEL} is nothing to enrol with")
+                    raise MalformedError(f"expected a request, got a {other.LABEL}")
             return self._signed(answer)
         except RemoteProtocolError as error:
             log.warning("refused at enrolment, %s: %s", peer.address, for_display(str(error)))
