@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from covey_device.audit_command import audit
 from covey_shared import __version__
 from covey_shared.errors import ConfigError, CoveyError
 
@@ -53,6 +54,9 @@ class Commands(click.Group):
 def main() -> None:
     """A device of a fleet: trains on its own data, and lets only sums be learned."""
     os.umask(0o077)
+
+
+main.add_command(audit)
 
 
 @main.command(short_help="Serve until stopped.")

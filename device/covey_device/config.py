@@ -113,7 +113,7 @@ class PolicyConfig(Config, frozen=True):
             f"gives an update to one and the same model at most {1 + self.max_revisions:,} times"
         )
         lines.append(
-            f"joins at most {self.rounds_per_day:,} rounds a day"
+            f"joins at most {_rounds(self.rounds_per_day)} a day"
             if self.rounds_per_day
             else "joins any number of rounds a day"
         )
@@ -129,6 +129,10 @@ class PolicyConfig(Config, frozen=True):
             f"{limits.max_memory_mb:,} MB"
         )
         return lines
+
+
+def _rounds(count: int) -> str:
+    return "1 round" if count == 1 else f"{count:,} rounds"
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -65,9 +65,8 @@ class Policy:
                 "policy names"
             )
         if self.rounds_per_day and day.at(now_unix).rounds >= self.rounds_per_day:
-            return (
-                f"this device's policy allows {self.rounds_per_day} rounds a day; they are used up"
-            )
+            rounds = "1 round" if self.rounds_per_day == 1 else f"{self.rounds_per_day} rounds"
+            return f"this device's policy allows {rounds} a day; no more is left"
         return None
 
 

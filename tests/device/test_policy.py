@@ -1,6 +1,7 @@
 """The owner's policy: what it refuses, how its file is read, and a day that no clock can stretch."""
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
+import covey_device.assembly
 from config_walk import Key, keys_of, put, wrong_values
 from covey_device import config
+from covey_device.assembly import steady_clock
 from covey_device.config import PolicyConfig, PolicyFile, load_policy
 from covey_device.policy import DAY_S, MAX_ROUNDS_PER_DAY, SAVE_CLOCK_S, Day, Policy, signers_of
 from covey_shared import wire
@@ -112,6 +115,16 @@ def test_rounds_of_the_last_24_hours_count():
     assert policy.objection(call(), {}, day, 1000 + DAY_S - 1) is not None
     assert policy.objection(call(), {}, day, 1000 + DAY_S) is None
     assert day.at(2000 + DAY_S).rounds == 0
+
+
+def test_a_running_device_keeps_its_own_time(monkeypatch: pytest.MonkeyPatch):
+    """Whoever sets its clock, over the network for instance, moves no day."""
+    clock = steady_clock()
+    before = clock()
+    assert abs(before - time.time()) < 1
+    monkeypatch.setattr(covey_device.assembly.time, "time", lambda: before + 10 * DAY_S)
+    assert 0 <= clock() - before < 60
+    assert steady_clock()() - before > 9 * DAY_S  # it is looked at when a process starts
 
 
 STEPS = st.lists(st.integers(0, DAY_S), min_size=1, max_size=60)
