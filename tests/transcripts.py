@@ -67,6 +67,11 @@ class Story:
         (found,) = [s.message for s in self.messages if isinstance(s.message, kind)]
         return found
 
+    def manifest(self) -> Signed[Manifest]:
+        """The manifest with its signature."""
+        (found,) = [s for s in self.messages if isinstance(s.message, Manifest)]
+        return found
+
     def saying(self, kind: type[Message], **changes: Any) -> "Story":
         """The coordinator says something else there, and signs that."""
         return self.mapped(

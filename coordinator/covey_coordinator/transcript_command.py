@@ -153,7 +153,7 @@ def rows_of(summary: Summary) -> list[tuple[str, str]]:
                 (
                     "revealed",
                     f"by {len(summary.all(Reveal))} members: the self masks of {len(inside_view)} "
-                    f"devices in the sum, the mask keys of {lost} others",
+                    f"devices in the sum, the mask keys of {lost} not in it",
                 )
             )
     # The last word of each: a device may say it more than once.

@@ -69,8 +69,7 @@ OTHER = told(Lab(7, seed="liar"), round_id=2)  # of the same fleet and run
 
 
 def cohort_of(story: Story) -> Cohort:
-    (manifest,) = [s for s in story.messages if isinstance(s.message, Manifest)]
-    return rules.verified_cohort(manifest, story.lab.trust)
+    return rules.verified_cohort(story.manifest(), story.lab.trust)
 
 
 def resigned(
