@@ -110,13 +110,15 @@ class TlsDirectory:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.verify_flags |= ssl.VERIFY_X509_STRICT
         certificate, key = self.path / f"{own}.crt", self.path / f"{own}.key"
-        for path in (certificate, key, *(self.path / name for name in trusted)):
+        paths = [certificate, *(self.path / name for name in trusted)]
+        for path in (*paths, key):
             self.read(path.name)  # OpenSSL would not say which one it is that is missing
+        for path in paths:
             try:
                 if path == certificate:
                     # an encrypted key would be asked about on the terminal
                     context.load_cert_chain(certificate, key, password=lambda: "")
-                elif path != key:
+                else:
                     context.load_verify_locations(path)
             except (ssl.SSLError, OSError) as error:
                 raise ConfigError(
@@ -139,7 +141,7 @@ class TlsDirectory:
         leaf = pki.read_leaf(certificate)
         if key.public_key() != certificate.public_key():
             return "it does not belong to its key"
-        if certificate.issuer != self.authority.certificate.subject:
+        if not pki.issued_by(self.authority, certificate):
             return "another authority signed it"
         if hosts is not None and leaf.hosts != hosts:
             return f"the fleet's hosts are now {', '.join(sorted(hosts))}"

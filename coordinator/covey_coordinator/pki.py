@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -237,6 +237,15 @@ def read_leaf(certificate: bytes | x509.Certificate) -> Leaf:
         not_after_unix=int(certificate.not_valid_after_utc.timestamp()),
         hosts=hosts,
     )
+
+
+def issued_by(authority: Authority, certificate: x509.Certificate) -> bool:
+    """Whether this authority signed it; another may have the same name."""
+    try:
+        certificate.verify_directly_issued_by(authority.certificate)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def key_of(certificate: bytes) -> object:

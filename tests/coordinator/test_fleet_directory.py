@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 
-from covey_coordinator import files
+from covey_coordinator import files, pki
 from covey_coordinator.config import BrokerConfig, load_fleet
 from covey_coordinator.fleet import DAY_S, DEVICE_USER, FleetDirectory, check_name
 from covey_coordinator.kept_broker import tls_of
 from covey_device.assembly import concerns, load_device
 from covey_shared.errors import ConfigError, StorageError
 from tls_files import make_tls_files
+
+NOW = int(time.time())
 
 
 @pytest.fixture
@@ -285,3 +287,162 @@ def test_the_coordinator_shows_its_certificate(tmp_path: Path):
     files.key.unlink()
     with pytest.raises(ConfigError, match=r"server\.key cannot be read: No such"):
         tls_of(fleet, config)
+
+
+# -- a fleet with an address -------------------------------------------------------------------------
+
+
+def networked(path: Path, *addresses: str, **settings: Any) -> FleetDirectory:
+    return FleetDirectory.create(
+        path, "farm", BrokerConfig(**settings), addresses=addresses or ("farm.lan",), now_unix=NOW
+    )
+
+
+def test_a_networked_fleet_has_certificates_and_no_passwords(tmp_path: Path):
+    before = os.umask(0)
+    try:
+        fleet = networked(tmp_path / "fleet")
+    finally:
+        os.umask(before)
+    found = modes(fleet.path)
+    secret = {"ca/ca.key", "coordinator.key", "tls/ca.key", "tls/server.key", "tls/coordinator.key"}
+    assert {name: found[f"fleet/{name}"] for name in secret} == dict.fromkeys(secret, 0o600)
+    assert found["fleet/tls"] == 0o700
+    assert not list((fleet.path / "broker").iterdir())
+    config = load_fleet(fleet.path)
+    assert (config.addresses, config.broker_port, config.enrol.port) == (("farm.lan",), 8883, 8884)
+    assert fleet.broker_url(config) == "mqtts://127.0.0.1:8883"
+    assert fleet.device_broker_url(config) == "mqtts://farm.lan:8883"
+    server = pki.read_leaf(pki.load_certificate(fleet.tls.path / "server.crt"))
+    assert {"farm.lan", "localhost", "127.0.0.1", "::1"} <= server.hosts
+    own = pki.read_leaf(pki.load_certificate(fleet.tls.path / "coordinator.crt"))
+    assert (own.name, own.not_after_unix) == ("coordinator", NOW + 90 * DAY_S)
+    fleet.tls.client_context()
+    fleet.tls.server_context()
+
+
+def test_devices_are_told_the_first_address(tmp_path: Path):
+    fleet = networked(tmp_path / "fleet", "FE80::1:2", "farm.lan", port=9000)
+    config = load_fleet(fleet.path)
+    assert fleet.device_broker_url(config) == "mqtts://[fe80::1:2]:9000"
+    token, _ = fleet.make_token("pi-1", hours=None, again=False, now_unix=NOW)
+    assert (token.host, token.port) == ("fe80::1:2", 8884)
+    hosts = pki.read_leaf(pki.load_certificate(fleet.tls.path / "server.crt")).hosts
+    assert {"fe80::1:2", "farm.lan"} <= hosts
+
+
+def test_an_external_broker_keeps_its_address(tmp_path: Path):
+    fleet = networked(tmp_path / "fleet", kind="external", url="mqtts://broker.lan")
+    config = load_fleet(fleet.path)
+    assert fleet.device_broker_url(config) == fleet.broker_url(config) == "mqtts://broker.lan"
+
+
+@pytest.mark.parametrize(
+    ("address", "settings", "message"),
+    [
+        ("mqtts://x", {}, r"the command line: key `address`: 'mqtts://x' is no host: give a name"),
+        ("1.2.3", {}, "'1.2.3' is no host"),
+        ("fe80::1%eth0", {}, "'fe80::1%eth0' is no host"),
+        ("h", {"kind": "embedded"}, 'is "embedded", which is for one machine'),
+        ("h", {"port": 8884}, r"keys `broker\.port` and `enrol\.port` are the same"),
+        ("h", {"kind": "external", "url": "mqtt://b"}, "an `address` needs TLS: mqtts://HOST"),
+    ],
+)
+def test_what_cannot_be_networked(
+    tmp_path: Path, address: str, settings: dict[str, Any], message: str
+):
+    with pytest.raises(ConfigError, match=message):
+        networked(tmp_path / "fleet", address, **settings)
+    assert not (tmp_path / "fleet").exists()
+
+
+def test_certificates_are_made_anew_when_they_are_due(tmp_path: Path):
+    fleet = networked(tmp_path / "fleet")
+    config = load_fleet(fleet.path)
+    authority = fleet.tls.authority_der
+
+    def serials() -> list[int]:
+        names = ("server.crt", "coordinator.crt")
+        return [pki.read_leaf(pki.load_certificate(fleet.tls.path / n)).serial for n in names]
+
+    first = serials()
+    assert fleet.refresh_tls(config, NOW + 60 * DAY_S - 1) == []
+    assert serials() == first
+    assert fleet.refresh_tls(config, NOW + 60 * DAY_S) == [
+        "the broker's certificate is made anew: two thirds of its life are over",
+        "the coordinator's certificate is made anew: two thirds of its life are over",
+    ]
+    assert not set(serials()) & set(first)
+    assert fleet.tls.authority_der == authority
+    fleet.tls.server_context()
+
+
+def test_certificates_are_made_anew_for_another_address(tmp_path: Path):
+    fleet = networked(tmp_path / "fleet")
+    path = fleet.path / "covey.toml"
+    path.write_text(path.read_text().replace("farm.lan", "barn.lan"))
+    (line,) = fleet.refresh_tls(load_fleet(fleet.path), NOW)
+    assert line.startswith("the broker's certificate is made anew: the fleet's hosts are now ")
+    assert "barn.lan" in line
+    assert "farm.lan" not in line
+    assert fleet.refresh_tls(load_fleet(fleet.path), NOW) == []
+
+
+@pytest.mark.parametrize("name", ["server", "coordinator"])
+def test_half_a_pair_of_certificate_and_key_is_made_anew(tmp_path: Path, name: str):
+    """The power went between the two; or one is gone, or damaged."""
+    fleet = networked(tmp_path / "fleet")
+    config = load_fleet(fleet.path)
+    other = networked(tmp_path / "other").tls.path
+    for file in (f"{name}.key", f"{name}.crt"):
+        for data in ((other / file).read_bytes(), b"x", None):
+            if data is None:
+                (fleet.tls.path / file).unlink()
+            else:
+                (fleet.tls.path / file).write_bytes(data)
+            assert len(fleet.refresh_tls(config, NOW)) == 1
+            fleet.tls.client_context()
+            fleet.tls.server_context()
+    # a pair that fits, of another fleet's authority
+    for file in (f"{name}.key", f"{name}.crt"):
+        (fleet.tls.path / file).write_bytes((other / file).read_bytes())
+    (line,) = fleet.refresh_tls(config, NOW)
+    assert line.endswith("certificate is made anew: another authority signed it")
+    assert fleet.refresh_tls(config, NOW) == []
+
+
+def test_a_lost_authority_is_not_made_anew(tmp_path: Path):
+    """All devices pin it: an error says so, and nothing takes its place."""
+    fleet = networked(tmp_path / "fleet")
+    for name in ("ca.key", "ca.crt"):
+        path = fleet.tls.path / name
+        kept = path.read_bytes()
+        path.unlink()
+        with pytest.raises(ConfigError, match=rf"tls/{name} cannot be read: No such file"):
+            fleet.refresh_tls(load_fleet(fleet.path), NOW + 80 * DAY_S)
+        path.write_bytes(kept)
+        path.chmod(0o600)
+
+
+@pytest.mark.parametrize("name", ["ca.crt", "crl.pem", "server.crt", "server.key"])
+def test_a_damaged_certificate_of_the_broker_s_is_named(tmp_path: Path, name: str):
+    fleet = networked(tmp_path / "fleet")
+    (fleet.tls.path / name).write_bytes(b"x")
+    shown = "server.crt or its .key" if name.startswith("server") else name
+    with pytest.raises(ConfigError, match=rf"tls/{shown} is damaged; restore it"):
+        fleet.tls.server_context()
+    (fleet.tls.path / name).unlink()
+    with pytest.raises(ConfigError, match=rf"tls/{name} cannot be read: No such file"):
+        fleet.tls.server_context()
+
+
+def test_a_local_device_is_revoked_too(fleet: FleetDirectory):
+    fleet.add_device("pi-1", days=10, data=None)
+    (entry,) = fleet.devices()
+    assert fleet.revoke("pi-1", int(time.time()))
+    assert [e.status(time.time()) for e in fleet.devices()] == ["revoked"]
+    assert fleet.revoked_identities() == {entry.identity}
+    with pytest.raises(ConfigError, match="there is no device 'pi-2' in this fleet"):
+        fleet.revoke("pi-2", 0)
+    with pytest.raises(ConfigError, match="has its certificate from `covey device add`"):
+        fleet.want_renewal("pi-1", 0)
