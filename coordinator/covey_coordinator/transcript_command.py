@@ -85,7 +85,7 @@ def read_summary(path: Path) -> Summary:
                 for record in reader:
                     _sum_up(summary, record)
             except RemoteProtocolError as error:
-                summary.cut = str(error)
+                summary.cut = for_display(str(error))
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
     except RemoteProtocolError as error:
@@ -165,7 +165,8 @@ def rows_of(summary: Summary) -> list[tuple[str, str]]:
     for result in summary.all(Result)[:1]:
         rows.append(("next model", result.next_model.hex()))
     if summary.about is not None and summary.all(Result):
-        rows.append(("averaging", f"{summary.about.rule}, server_lr {summary.about.server_lr:g}"))
+        rule = for_display(summary.about.rule)
+        rows.append(("averaging", f"{rule}, server_lr {summary.about.server_lr:g}"))
     if summary.payloads:
         rows.append(
             ("payloads", f"{summary.payloads} masked updates, {summary.payload_bytes:,} bytes")
@@ -311,13 +312,12 @@ class Models:
                 return np.frombuffer(data, "<f4").astype(np.float32)
         return None
 
-    def named(self, digest: bytes) -> list[Path]:
-        """The named files with this hash."""
-        found = []
+    def named(self) -> dict[Path, bytes]:
+        """The named files, and their hashes."""
+        found = {}
         for path in self._given:
             with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").digest() == digest:
-                    found.append(path)
+                found[path] = hashlib.file_digest(file, "sha256").digest()
         return found
 
 
@@ -373,14 +373,14 @@ def verify_command(
         click.echo(_wrapped(f"{check.verdict.value:<13}", check.what))
         click.echo(_wrapped(" " * 13, f"({check.detail})"))
     click.echo()
-    for sentence in conclusions(report, at_hand.named(report.next_model)):
+    for sentence in conclusions(report, at_hand.named()):
         click.echo(_wrapped("", sentence))
     if report.failed or (strict and not report.complete):
         sys.exit(1)
 
 
-def conclusions(report: Report, after: list[Path]) -> list[str]:
-    """What it all proves, and what it does not."""
+def conclusions(report: Report, models: dict[Path, bytes]) -> list[str]:
+    """What it all proves, and what it does not. models: files that were named, and their hashes."""
     if report.failed:
         failed = [check.what for check in report.checks if check.verdict is Verdict.FAIL]
         return [
@@ -404,9 +404,15 @@ def conclusions(report: Report, after: list[Path]) -> list[str]:
         said.append("That the published sum is theirs was not checked.")
     if "model" in passed:
         said.append("The next model is exactly the one before and the average of that sum.")
-        said += [f"{path} is that next model." for path in after]
+        said += [f"{p} is that next model." for p, h in models.items() if h == report.next_model]
     elif "result" in passed:
         said.append("That the next model comes from that sum was not checked.")
+    known = (report.model, report.next_model)
+    said += [
+        f"{path} is neither the model before this round nor the next one."
+        for path, digest in models.items()
+        if digest not in known
+    ]
     if report.ending is not None and report.ending.outcome != "completed":
         said.append(
             f"The round was {report.ending.outcome}: it has no sum, and shows how far it came."

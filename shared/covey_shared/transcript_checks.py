@@ -106,7 +106,8 @@ class Check:
 class Report:
     """What a transcript proves. about, ending: None if it could not even be read so far.
 
-    devices, summed: sizes of cohort and sum, 0 if unknown. next_model: hash that the result names.
+    devices, summed: sizes of cohort and sum, 0 if unknown. model, next_model: the hashes that call and
+    result name, empty if there is none.
     """
 
     about: About | None
@@ -115,6 +116,7 @@ class Report:
     devices: int
     summed: int
     minimum: int
+    model: bytes
     next_model: bytes
 
     @property
@@ -674,7 +676,7 @@ def verify(
     work = _Verification(fleet_ca, coordinator, find_model, average)
     work.read(read)
     work.finish()
-    result = work.messages.get(Result)
+    call, result = work.messages.get(RoundCall), work.messages.get(Result)
     cohort = work.cohort
     return Report(
         about=work.about,
@@ -683,5 +685,6 @@ def verify(
         devices=cohort.n if cohort else 0,
         summed=len(work.view),
         minimum=cohort.head.n_min if cohort else 0,
+        model=call[0].message.model if call else b"",
         next_model=result[0].message.next_model if result else b"",
     )

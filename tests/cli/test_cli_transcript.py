@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
@@ -204,6 +205,23 @@ def test_a_round_is_verified_without_anything_else(covey: Covey, round_7: Path, 
     assert "Whose fleet it is was taken on faith" in flat
     assert "That the next model comes from that sum was not checked." in flat
     assert covey("verify", alone, "--strict").exit_code == 1
+
+
+def test_a_model_that_has_nothing_to_do_with_it(covey: Covey, round_7: Path, tmp_path: Path):
+    (tmp_path / "other").write_bytes(bytes(4 * LAB.n_params))
+    result = covey("verify", round_7, "--model", "other")
+    assert result.exit_code == 0
+    assert "other is neither the model before this round nor the next one." in result.stdout
+    assert "other is that" not in result.stdout
+
+
+def test_what_a_file_says_does_not_write_on_the_terminal(covey: Covey, round_7: Path):
+    about = msgspec.structs.replace(STORY.about, rule="\x1b[31mfedavg")
+    round_7.write_bytes(STORY.but(about=about).data())
+    for result in (covey("transcript", 7), covey("verify", round_7)):
+        assert result.exit_code == 0
+        assert "\x1b" not in result.output
+        assert "fedavg" in result.output
 
 
 def test_a_transcript_that_does_not_hold(covey: Covey, round_7: Path):
