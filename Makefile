@@ -77,6 +77,10 @@ benchmarks: setup ## the benchmarks, with their bounds
 	@$(BIN)/python benchmarks/mask.py
 	@$(BIN)/python benchmarks/manifest.py
 
+.PHONY: attacks
+attacks: setup ## every attack on a round, in memory and over a real mosquitto, and what becomes of it
+	@$(BIN)/python -m pytest tests/attacks -m "not slow" -n $(JOBS) -q --no-header --listing $(ARGS)
+
 .PHONY: mutants
 mutants: setup ## remove each check of the protocol in turn: some test must go red
 	@$(BIN)/python tests/attacks/mutants.py

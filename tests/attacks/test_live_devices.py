@@ -96,8 +96,10 @@ def test_a_device_equivocates(lie, stage, outcome):
             assert set(fleet.names) <= set(fleet.sums[1].survivors)
             assert fleet.honest_sum_is_right(1)
             assert tap.hidden(fleet, rogue.keys, accomplices=1) == 4
-            assert set(faults(fleet)) <= {EVIL}
+            assert set(faults(fleet)) == {EVIL}
             outcome(f"the exact sum; named: {EVIL}")
+
+    go(scenario())
 
 
 @pytest.mark.parametrize("lie", ["repeats", "impostor", "flood"])
@@ -113,8 +115,11 @@ def test_a_device_makes_noise(lie, stage, outcome):
             assert EVIL in fleet.sums[1].survivors
             assert fleet.honest_sum_is_right(1)
             assert tap.hidden(fleet, rogue.keys, accomplices=1) == 4
-            assert set(faults(fleet)) <= {EVIL}
-            outcome(f"the exact sum of {len(fleet.sums[1].survivors)}; nobody else is blamed")
+            assert faults(fleet) == {}
+            assert lie != "flood" or len(tap.messages) > 1000
+            outcome(
+                f"the exact sum of {len(fleet.sums[1].survivors)}; {len(tap.messages)} messages in all"
+            )
 
     go(scenario())
 
