@@ -27,7 +27,7 @@ from pathlib import Path
 import msgspec
 
 from covey_device import config as configuration
-from covey_device import enrol, tls
+from covey_device import audit, enrol, tls
 from covey_device.config import DeviceConfig
 from covey_device.keystore import load_identity, write_durably
 from covey_shared import keys, wire
@@ -206,6 +206,9 @@ def renew(
         write_durably(base / config.certificate, granted.certificate)
         own = fresh
         done.append("identity certificate")
+    if done:
+        ends = {} if own is None else {"identity_ends": tls.in_words(own.not_after_unix)}
+        audit.note(base / config.state, "renewed", certificates=" and ".join(done), **ends)
     waiting = own is None or (identity_due and "identity certificate" not in done)
     note = ""
     if granted.broker_url != config.broker.url:
@@ -332,8 +335,8 @@ class Renewal:
             self._schedule.asked |= anyway
             delay = self._schedule.failed(self._steady())
             log.warning(
-                "%s: certificates were not renewed: %s; next attempt in %.0f min",
-                self._device, report, delay / 60,
+                "%s: certificates were not renewed: %s; next attempt in %s",
+                self._device, report, _spelled(delay),
             )  # fmt: skip
             return
         try:
@@ -346,7 +349,7 @@ class Renewal:
             log.warning("%s: %s", self._device, report.note)
         if report.waiting:
             delay = self._schedule.failed(self._steady(), waiting=True)
-            log.info("%s: %s; asks again in %.0f min", self._device, WAITS, delay / 60)
+            log.info("%s: %s; asks again in %s", self._device, WAITS, _spelled(delay))
             return
         self._waiting = False
         self._due_unix = report.due_unix
@@ -380,6 +383,10 @@ class Renewal:
                 return msgspec.json.decode(told, type=Report)
         lines = problem.decode("utf-8", "replace").strip().splitlines()
         return lines[-1] if lines else f"the process ended with status {child.returncode}"
+
+
+def _spelled(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 WAITS = (
