@@ -70,6 +70,9 @@ class LinearStep:
     def parameters(self):
         return self._flat.copy()
 
+    def interrupt(self):
+        pass  # each step is over in no time
+
 
 class FakeClock:
     """Seconds that pass only when told."""

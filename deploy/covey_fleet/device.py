@@ -16,6 +16,7 @@ from covey_device.policy import Policy
 from covey_device.service import DeviceService
 from covey_device.session import Session
 from covey_device.trainer import Trainer, Work, load_trainer
+from covey_device.trials import USUAL_BATCH, Allowed, Trials
 from covey_fleet.faults import FaultPlan, FaultyTransport, Vanished
 from covey_fleet.witness import Witness
 from covey_shared.keys import SigningKey
@@ -35,6 +36,7 @@ BACKOFF_CAP_S = 2.0
 _MAX_RESIDENT_BYTES = 8_000_000_000
 _MAX_BATCHES = 100_000
 _MAX_TRAINING_S = 600.0
+_MAX_TRIAL_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +109,10 @@ class Life:
             None if spec.witness is None else Witness(spec.witness).of(device),
         )
 
+        trials = _trials(spec.directory.parent)
+
         def make_trainer(header: PlanHeader, train_graph: bytes) -> Trainer:
-            return load_trainer(header, train_graph, spec.data, spec.directory)
+            return load_trainer(header, train_graph, spec.data, spec.directory, trials=trials)
 
         self.service = DeviceService(
             session,
@@ -135,6 +139,17 @@ class Life:
     async def close(self, *, graceful: bool = True) -> None:
         """End it; graceful=False leaves the announcement to the broker, as a crash would."""
         await self.service.close(graceful=graceful)
+
+
+def _trials(fleet: Path) -> Trials:
+    """Remembered beside the devices' directories: a plan is tried once for all of them."""
+    allowed = Allowed(_MAX_RESIDENT_BYTES, _MAX_TRIAL_S, 1)
+    return Trials(fleet / "trials", lambda: allowed)
+
+
+def try_plan(fleet: Path, header: PlanHeader, train_graph: bytes) -> None:
+    """Try a plan for all devices below this directory. Raises what a device would decline it with."""
+    _trials(fleet).of(header, train_graph).load(USUAL_BATCH)
 
 
 def client_id(fleet: str, name: str) -> str:

@@ -27,7 +27,14 @@ from covey_coordinator.run import RoundOutcome, Run
 from covey_coordinator.service import CoordinatorService
 from covey_coordinator.store import Progress, RoundCounter, RunState
 from covey_device.data import DataConfig, NpzData
-from covey_fleet.device import BACKOFF_BASE_S, BACKOFF_CAP_S, DeviceSpec, Traffic, client_id
+from covey_fleet.device import (
+    BACKOFF_BASE_S,
+    BACKOFF_CAP_S,
+    DeviceSpec,
+    Traffic,
+    client_id,
+    try_plan,
+)
 from covey_fleet.digits import Examples
 from covey_fleet.eavesdropper import Eavesdropper
 from covey_fleet.faults import FaultPlan, Vanished
@@ -282,6 +289,9 @@ class Fleet:
         going on impossible."""
         if self._failure is None:
             raise LocalProtocolError("a fleet is started before it plays")
+        # Here, not while the first round gathers: the devices share what is remembered of it.
+        bundle = run.bundle
+        await asyncio.to_thread(try_plan, self.directory, bundle.header, bundle.graphs["train"])
         playing = asyncio.create_task(self.coordinator.play(run, on_sum=self._on_sum))
         try:
             waited: set[asyncio.Future[Any]] = {playing, self._failure}

@@ -75,6 +75,7 @@ class LimitsConfig(Config, frozen=True):
     max_seconds: Seconds = 600.0
     max_memory_mb: PositiveInt = 400
     threads: Annotated[int, Meta(ge=1, le=64)] = 1
+    trial_seconds: Seconds = 60.0
 
 
 class PolicyConfig(Config, frozen=True):

@@ -37,6 +37,7 @@ from covey_device.session import (
     Upload,
 )
 from covey_device.trainer import Trainer, TrainResult, Work, load_trainer
+from covey_device.trials import Allowed, Trials
 from covey_shared import chunks, wire
 from covey_shared.errors import (
     ConfigError,
@@ -61,6 +62,7 @@ from covey_shared.plan import (
     decode_header,
     plan_hash,
 )
+from covey_shared.runtime import OUT_OF_MEMORY
 from covey_shared.topics import OFFLINE, ONLINE, Topics
 from covey_shared.transport import Incoming, Transport
 from covey_shared.wire import Signed
@@ -462,10 +464,17 @@ class DeviceService:
             bytes.fromhex(header.train.sha256), header.train.size, limit=MAX_GRAPH_BYTES
         )
         check_graph(header.train, graph, "train.onnx")
+        self._plan = None  # two plans at once may be more than the device has room for
         # Among the training threads: reading data may take long, and duties must not wait for it.
-        trainer = await self._in_thread(
-            self._train_pool, _tamed(lambda: self._make_trainer(header, graph))
-        )
+        try:
+            trainer = await self._in_thread(
+                self._train_pool, _tamed(lambda: self._make_trainer(header, graph))
+            )
+        except asyncio.CancelledError:
+            # The next round must not wait for a trial of this one's plan.
+            if isinstance(self._make_trainer, TriedTrainers):
+                self._make_trainer.trials.cancel()
+            raise
         self._plan = (call.plan, header, trainer)
         return header
 
@@ -488,9 +497,11 @@ class DeviceService:
             problem = str(error) or "out of memory"
             log.warning("%s: round %d: %s", self.device, round_id, problem)
             self._trouble(round_id, problem)
-            reason = error.public if isinstance(error, CoveyError) else "it ran out of memory"
-            if isinstance(error, DataError):
-                self._plan = None  # the source is opened anew: its files may have changed
+            reason = error.public if isinstance(error, CoveyError) else OUT_OF_MEMORY
+            if isinstance(error, DataError) or reason == OUT_OF_MEMORY:
+                # The source is opened anew, as its files may have changed; what a plan holds of memory
+                # is given back.
+                self._plan = None
         except Exception as error:
             self._trouble(round_id, f"{type(error).__name__}: {error}")
             log.exception("%s: round %d: cannot train", self.device, round_id)
@@ -545,17 +556,41 @@ def _tamed(step: Callable[[], T]) -> Callable[[], T]:
     return tamed
 
 
-def trainer_factory(config: DeviceConfig, base: Path, policy: PolicyFile) -> TrainerFactory:
-    """Trainers on this device's configured data, within its owner's limits of the moment.
+class TriedTrainers:
+    """Makes trainers on this device's configured data, within its owner's limits of the moment, of
+    plans that were tried before.
 
-    base: the configuration file's folder.
+    base: the configuration file's folder. state: the device's directory, where trials are remembered.
     """
 
-    def make(header: PlanHeader, train_graph: bytes) -> Trainer:
-        threads = policy.current.limits.threads
-        return load_trainer(header, train_graph, config.data, base, threads)
+    def __init__(
+        self, data: DataConfig, base: Path, state: Path, limits: Callable[[], LimitsConfig]
+    ) -> None:
+        self._data, self._base, self._limits = data, base, limits
+        self.trials = Trials(state, self._allowed)
 
-    return make
+    def _allowed(self) -> Allowed:
+        limits = self._limits()
+        seconds = min(limits.trial_seconds, limits.max_seconds)
+        return Allowed(limits.max_memory_mb * 1_000_000, seconds, limits.threads)
+
+    def __call__(self, header: PlanHeader, train_graph: bytes) -> Trainer:
+        """A trainer, once a trial of the plan went well."""
+        allowed = self._allowed()
+        return load_trainer(
+            header,
+            train_graph,
+            self._data,
+            self._base,
+            allowed.threads,
+            self.trials,
+            allowed.max_resident_bytes,
+        )
+
+
+def trainer_factory(config: DeviceConfig, base: Path, policy: PolicyFile) -> TriedTrainers:
+    """Trainers as device.toml and policy.toml have them. base: device.toml's folder."""
+    return TriedTrainers(config.data, base, base / config.state, lambda: policy.current.limits)
 
 
 def limits_of(limits: LimitsConfig) -> Work:

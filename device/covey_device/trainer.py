@@ -6,9 +6,12 @@ sent (nothing trained, NaN, out of memory) raises TrainingError, and the device 
 Masking, signing and sending live in `covey_shared`; here nothing leaves the device.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,14 +19,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from covey_device.budget import Budget, Clock, Meter, ResidentBytes, resident_bytes
+from covey_device.confine import bounded_data
 from covey_device.data import DataConfig, DataSource, batches, open_source
+from covey_device.trials import PlanTrial, Trials
 from covey_shared.errors import LocalProtocolError, TrainingError
 from covey_shared.layout import Flat
 from covey_shared.plan import PlanHeader
-from covey_shared.runtime import TrainStep
+from covey_shared.runtime import OUT_OF_MEMORY, TrainStep
 
 Array = NDArray[Any]
 StoppedBy = Literal["batches", "seconds", "memory", "stop"]
+
+WATCH_S = 0.5
+"""How often a step that takes long is asked after."""
+
+_WATCH_STACK = 256 << 10
 
 
 class Step(Protocol):
@@ -39,6 +49,10 @@ class Step(Protocol):
 
     def parameters(self) -> Flat:
         """A copy of the current parameters: float32[n_params]."""
+        ...
+
+    def interrupt(self) -> None:
+        """From another thread: have the step that runs fail soon, and all others until `load`."""
         ...
 
 
@@ -95,10 +109,13 @@ class Trainer:
         header: PlanHeader,
         *,
         resident: ResidentBytes = resident_bytes,
+        trial: PlanTrial | None = None,
     ) -> None:
-        """header: of the plan that `step` runs and `source` was opened for."""
+        """header: of the plan that `step` runs and `source` was opened for. trial: asked before
+        batches of sizes that were not tried yet; None for a plan that is trusted."""
         self._step, self._source, self._header = step, source, header
         self._resident = resident
+        self._trial = trial
 
     @property
     def n_examples(self) -> int:
@@ -128,14 +145,21 @@ class Trainer:
                 "declines the round; the coordinator has to go back to an earlier model",
                 public="the model of this round is not finite",
             )
-        meter = Meter(work.budget, clock=clock, resident=self._resident)
+        budget = work.budget
+        if self._trial is not None:
+            began = clock()
+            self._trial.batches(work.batch_size, self.n_examples, stop)
+            budget = replace(budget, max_seconds=max(0.0, budget.max_seconds - clock() + began))
+        meter = Meter(budget, clock=clock, resident=self._resident)
+        free = budget.max_resident_bytes - self._resident()
         try:
-            return self._train(parameters, work, hyper, meter, rng, stop)
+            with bounded_data(free), self._interrupter(budget.max_seconds, stop) as interrupted:
+                return self._train(parameters, work, hyper, meter, rng, stop, interrupted)
         except MemoryError as error:
             raise TrainingError(
                 f"out of memory after {meter.batches} of {work.batches} batches: the device declines "
                 f"the round; use a batch_size below {work.batch_size}, or free memory",
-                public="it ran out of memory",
+                public=OUT_OF_MEMORY,
             ) from error
 
     def _train(
@@ -146,6 +170,7 @@ class Trainer:
         meter: Meter,
         rng: np.random.Generator,
         stop: Callable[[], bool],
+        interrupted: list[StoppedBy],
     ) -> TrainResult:
         self._step.load(parameters)
         supply = batches(self._source, work.batch_size, rng)
@@ -153,7 +178,13 @@ class Trainer:
         stopped_by: StoppedBy | None
         while (stopped_by := meter.reached() or ("stop" if stop() else None)) is None:
             features, labels = next(supply)
-            loss = self._step.step(features, labels, hyper)
+            try:
+                loss = self._step.step(features, labels, hyper)
+            except TrainingError:
+                if not interrupted:
+                    raise
+                stopped_by = interrupted[0]  # the batches before are a valid update
+                break
             if not math.isfinite(loss):
                 after = self._step.parameters()
                 raise self._diverged(f"the loss is {loss}", after, meter.batches + 1, work)
@@ -181,6 +212,33 @@ class Trainer:
             stopped_by=stopped_by,
             seconds=meter.seconds,
         )
+
+    @contextlib.contextmanager
+    def _interrupter(self, seconds: float, stop: Callable[[], bool]) -> Iterator[list[StoppedBy]]:
+        """Within, a step that is still at it when time is over, or training is not wanted any more, is
+        interrupted. Gives a list, to which the reason is added then."""
+        reasons: list[StoppedBy] = []
+        over = threading.Event()
+        ends = time.monotonic() + seconds
+
+        def watch() -> None:
+            while not over.wait(min(WATCH_S, max(0.0, ends - time.monotonic()))):
+                if time.monotonic() >= ends or stop():
+                    reasons.append("stop" if stop() else "seconds")
+                    self._step.interrupt()
+                    return
+
+        watcher = threading.Thread(target=watch, name="covey-watch", daemon=True)
+        before = threading.stack_size(_WATCH_STACK)  # not the usual 8 MB, which count as allocated
+        try:
+            watcher.start()
+        finally:
+            threading.stack_size(before)
+        try:
+            yield reasons
+        finally:
+            over.set()
+            watcher.join()
 
     def _hyper(self, work: Work) -> dict[str, float]:
         """All hyper-parameters of the plan, those of the round first."""
@@ -228,12 +286,31 @@ class Trainer:
 
 
 def load_trainer(
-    header: PlanHeader, train_graph: bytes, config: DataConfig, base: Path, threads: int = 1
+    header: PlanHeader,
+    train_graph: bytes,
+    config: DataConfig,
+    base: Path,
+    threads: int = 1,
+    trials: Trials | None = None,
+    max_resident_bytes: int = 1 << 62,
 ) -> Trainer:
     """A trainer on onnxruntime and the configured data.
 
-    train_graph: the bytes that the header names. base: the configuration file's folder. The data
-    comes first: its mistakes are the likelier ones, and cost less to find.
+    train_graph: the bytes that the header names. base: the configuration file's folder. trials: where
+    the plan is tried first; None for one that is trusted. The data come first: their mistakes are the
+    likelier ones, and cost less to find.
     """
     source = open_source(config, header, base=base)
-    return Trainer(TrainStep(header, train_graph, threads=threads), source, header)
+    trial = None
+    if trials is not None:
+        trial = trials.of(header, train_graph)
+        trial.load(source.n_examples)
+    with bounded_data(max_resident_bytes - resident_bytes()):
+        try:
+            step = TrainStep(header, train_graph, threads=threads)
+        except MemoryError as error:
+            raise TrainingError(
+                f"plan {header.name!r} does not fit into memory: the device declines the round",
+                public=OUT_OF_MEMORY,
+            ) from error
+    return Trainer(step, source, header, trial=trial)

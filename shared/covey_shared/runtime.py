@@ -38,6 +38,15 @@ from covey_shared.vetting import BATCH, Ports, ports, vet
 
 Array = NDArray[Any]
 
+VERSION: str = ort.__version__
+"""onnxruntime's. What one release ran well, another may not."""
+
+OUT_OF_MEMORY = "it ran out of memory"
+"""What others are told when it did."""
+
+_NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "bad allocation", "Available memory of")
+"""Parts of what onnxruntime says when there was not enough: it has no class of its own for that."""
+
 _ORT_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)", "uint8": "tensor(uint8)"}
 
 
@@ -61,6 +70,7 @@ class TrainStep:
         self._session = _session(header, train_graph, _options(threads), "train")
         self._bindings = [self._bind(source=0, target=1), self._bind(source=1, target=0)]
         self._current = 0
+        self._run = ort.RunOptions()
 
     def _bind(self, source: int, target: int) -> Any:
         """Bind everything but the batch: one set of buffers as inputs, the other as outputs."""
@@ -84,6 +94,7 @@ class TrainStep:
         """Start from these parameters (copied in) with the optimiser's state at zero."""
         self._header.layout.views(parameters)  # checks dtype and length
         self._current = 0
+        self._run.terminate = False
         self._flats[0][...] = parameters
         for tensor in self._states[0].values():
             tensor[...] = 0
@@ -109,11 +120,18 @@ class TrainStep:
         binding.bind_cpu_input("features", features)
         binding.bind_cpu_input("labels", labels)
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, self._run)
         except Exception as error:  # onnxruntime raises its own, undocumented classes
-            raise TrainingError(f"train step of plan {self._header.name!r}: {error}") from error
+            raise _failed(f"train step of plan {self._header.name!r}", error) from error
         self._current = 1 - self._current
         return float(self._loss)
+
+    def interrupt(self) -> None:
+        """From another thread: have the step that runs, and every later one until `load`, fail.
+
+        onnxruntime looks between two operators; one that runs is not interrupted.
+        """
+        self._run.terminate = True
 
     def parameters(self) -> Flat:
         """A copy of the current parameters: float32[n_params]."""
@@ -257,6 +275,8 @@ def _session(header: PlanHeader, graph: bytes, options: Any, what: GraphName) ->
     try:
         session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own, undocumented classes
+        if _out_of_memory(error):
+            raise _failed(f"loading {what}.onnx", error) from error
         refused = MalformedError(f"{what}.onnx: onnxruntime cannot load it: {error}")
         refused.public = "the plan's graph cannot be loaded"  # onnxruntime may name files
         raise refused from error
@@ -270,8 +290,17 @@ def _run(
     try:
         result: Sequence[Array] = session.run(outputs, feeds)
     except Exception as error:  # onnxruntime raises its own, undocumented classes
-        raise TrainingError(f"{what} graph of plan {header.name!r}: {error}") from error
+        raise _failed(f"{what} graph of plan {header.name!r}", error) from error
     return result
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(part in str(error) for part in _NO_MEMORY)
+
+
+def _failed(what: str, error: Exception) -> TrainingError:
+    public = OUT_OF_MEMORY if _out_of_memory(error) else TrainingError("").public
+    return TrainingError(f"{what}: {str(error) or type(error).__name__}", public=public)
 
 
 def _check_ports(session: Any, what: GraphName, inputs: Ports, outputs: Ports) -> None:
