@@ -76,6 +76,7 @@ benchmarks: setup ## the benchmarks, with their bounds
 	@$(BIN)/python benchmarks/plan_step.py
 	@$(BIN)/python benchmarks/mask.py
 	@$(BIN)/python benchmarks/manifest.py
+	@$(BIN)/python benchmarks/transcript.py
 
 .PHONY: attacks
 attacks: setup ## every attack on a round, in memory and over a real mosquitto, and what becomes of it
