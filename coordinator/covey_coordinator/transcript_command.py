@@ -130,7 +130,7 @@ def rows_of(summary: Summary) -> list[tuple[str, str]]:
             ("cohort", f"{_names(names)}; at least {head.n_min} in a sum, quorum {head.threshold}")
         )
     if summary.all(Shares):
-        rows.append(("shared", _names([shares.device for shares in summary.all(Shares)])))
+        rows.append(("shared", _names(sorted(s.device for s in summary.all(Shares)))))
 
     def members(bitmap: bytes) -> list[str]:
         return [names[i] for i in sorted(from_bitmap(bitmap, len(names)))] if names else []
@@ -138,7 +138,7 @@ def rows_of(summary: Summary) -> list[tuple[str, str]]:
     for roster in summary.all(Roster)[:1]:
         votes = max(len(summary.all(RosterVote)), len(roster.votes))
         rows.append(("roster", f"{_names(members(roster.u2))}; {votes} votes"))
-    announced = [update.device for update in summary.all(MaskedUpdate)]
+    announced = sorted(update.device for update in summary.all(MaskedUpdate))
     if announced:
         rows.append(("updates", _names(announced)))
     for view in summary.all(View)[:1]:
@@ -393,8 +393,7 @@ def conclusions(report: Report, models: dict[Path, bytes]) -> list[str]:
         said.append(
             f"It proves that {report.summed} of {report.devices} devices with certificates of the "
             f"fleet CA are in the sum, at least {report.minimum} as wanted; that a quorum of them "
-            "signed exactly that; and that the members named here gave the shares of one kind only "
-            "for each device."
+            "signed exactly that; and that of each device members gave shares of one kind only."
         )
     if "sum" in passed:
         said.append(

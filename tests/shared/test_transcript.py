@@ -338,3 +338,27 @@ def test_the_report_says_what_it_is_about():
     assert isinstance(report.about, About)
     assert report.about.round == 1
     assert report.next_model == STORY.said(Result).next_model
+
+
+def test_what_follows_the_ending_is_refused():
+    records = STORY.records()
+    payload = next(record for record in records if record[0] is Kind.PAYLOAD)
+    rest = [record for record in records if record != payload]
+    for wrong in ([*rest, payload], [*records, records[1]], [*records, records[-1]]):
+        report = checked(sealed(wrong, LAB.coordinator_key), model=STORY.model)
+        assert "something follows" in report.checks[0].detail
+        assert "sum" not in passed(report)
+
+
+def test_a_key_of_another_size_is_refused():
+    assert STORY.key is not None
+    for key in (b"", STORY.key[:31]):
+        report = checked(STORY.but(key=key))
+        assert "whole" in failed(report)
+        assert "secrets" not in passed(report)
+
+
+def test_a_transcript_must_say_whose_it_is_and_only_once():
+    records = STORY.records()
+    for wrong in (records[1:], [records[0], *records]):
+        assert "whole" in failed(checked(sealed(wrong, LAB.coordinator_key), model=STORY.model))
