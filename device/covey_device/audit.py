@@ -13,6 +13,7 @@ those is removed beyond a bound on all of them.
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import threading
 import time
@@ -27,6 +28,8 @@ from covey_device.policy import signers_of
 from covey_shared.errors import LocalProtocolError, StorageError
 from covey_shared.messages import CheckIn, Decline, Head, MaskedUpdate, Message, RoundCall
 from covey_shared.wire import Signed
+
+log = logging.getLogger("covey.device")
 
 FILE = "audit.jsonl"
 SEGMENT_BYTES = 2_000_000
@@ -177,6 +180,18 @@ class AuditLog:
         self._n, self._last = self._n + 1, _hash(line)
         status = os.fstat(fd)
         self._seen = status.st_ino, status.st_size
+
+
+def note(directory: Path, kind: str, **facts: Any) -> None:
+    """Tell the log in this directory, from whatever process, of something that has been done already.
+
+    If the log cannot be written, that costs the entry and a line in the service's own log.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        Audit(AuditLog(directory)).note(kind, **facts)
+    except (OSError, StorageError) as error:
+        log.warning("not in the audit log: %s (%s)", kind, error)
 
 
 def put_away(directory: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from covey_device import tls
+from covey_device import audit, tls
 from covey_device.keystore import load_identity, write_durably
 from covey_shared import keys, wire
 from covey_shared.enrolment import (
@@ -461,6 +461,15 @@ def join(
     write_durably(pending / BROKER_PAIR, pair(tls_key, certificate))
     table = device_toml(token, trust, enrolled, final.name, data, existing)
     kept = _put_in_place(config_path, pending, final, table)
+    audit.note(
+        base / table["state"],
+        "enrolled",
+        fleet=trust.fleet,
+        device=enrolled.device,
+        fleet_ca=trust.fleet_ca,
+        identity=identity.public,
+        certificate="issued" if enrolled.certificate else "awaited",
+    )
     source = table["data"].get("file") or table["data"].get("features", "")
     if table["data"]["kind"] == "python":
         source = ""

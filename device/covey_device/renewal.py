@@ -26,8 +26,8 @@ from pathlib import Path
 
 import msgspec
 
-from covey_device import config as configuration
 from covey_device import audit, enrol, tls
+from covey_device import config as configuration
 from covey_device.config import DeviceConfig
 from covey_device.keystore import load_identity, write_durably
 from covey_shared import keys, wire

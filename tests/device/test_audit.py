@@ -28,6 +28,7 @@ from covey_device.audit import (
     BrokenChainError,
     Verdict,
     lines_of,
+    note,
     put_away,
     verify,
 )
@@ -290,6 +291,18 @@ def test_several_processes_write_one_chain_while_others_read(tmp_path: Path):
         assert writer.wait() == 0
     assert verify(tmp_path).last == 450
     assert len(put_away(tmp_path)) > 5
+
+
+def test_what_was_done_already_is_told_if_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    state = tmp_path / "state" / "farm.pi-1"
+    note(state, "enrolled", fleet="farm")
+    assert kinds(state) == ["enrolled"]
+    monkeypatch.setattr(covey_device.audit.os, "write", full)
+    note(state, "renewed")
+    assert kinds(state) == ["enrolled"]
+    assert "not in the audit log: renewed (cannot write" in caplog.text
 
 
 # -- what is told of rounds ------------------------------------------------------------------------

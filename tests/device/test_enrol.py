@@ -25,6 +25,7 @@ from covey_coordinator.config import load_fleet
 from covey_coordinator.fleet_ca import certify, fingerprint
 from covey_device import enrol
 from covey_device.assembly import concerns, load_device
+from covey_device.audit import AuditLog
 from covey_device.cli import main
 from covey_device.enrol import join
 from covey_device.renewal import renew
@@ -91,6 +92,9 @@ def test_a_device_that_joined_is_whole(lab: Lab, config: Path, names: Iterator[s
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(joined.keys.stat().st_mode) == 0o700
     assert secrets_in(config.parent, token) == []
+    entry = AuditLog(config.parent / parts.config.state).last("enrolled")
+    assert (entry["fleet"], entry["device"]) == ("farm", name)
+    assert entry["identity"] == joined.identity.hex()
 
 
 def test_the_command_says_what_it_did(

@@ -23,6 +23,7 @@ from covey_coordinator import pki
 from covey_coordinator.fleet_ca import certify
 from covey_device import enrol, renewal, tls
 from covey_device.assembly import assemble, load_device
+from covey_device.audit import AuditLog
 from covey_device.renewal import (
     FIRST_S,
     LOOK_S,
@@ -172,6 +173,12 @@ def test_nothing_is_renewed_before_two_thirds(device: Path):
     assert after.public_key() != before.public_key()  # a new key each time
     assert load_device(device).tls is not None  # so that key and certificate fit
     assert pair_of(device).stat().st_mode & 0o777 == 0o600
+    entry = AuditLog(parts_state(device)).last("renewed")
+    assert entry["certificates"] == "TLS certificate"
+
+
+def parts_state(device: Path) -> Path:
+    return device.parent / load_device(device).config.state
 
 
 def test_an_identity_certificate_is_renewed_for_the_same_key(lab: Lab, device: Path):
