@@ -95,6 +95,14 @@ SURVIVORS: dict[tuple[str, str, str], str] = {
     ("participant", "Participant.mask", "self.index < peer.index"): (
         "the two are never equal: our own index is left out above"
     ),
+    ("aggregator", "Aggregator.finish", "i < j"): (
+        "the two are never equal: the one survived, the other was dropped"
+    ),
+    (
+        "aggregator",
+        "Aggregator._combine_into",
+        "if len(chosen) < t: return",
+    ): "fewer shares give secrets that fit no commitment: all targets are left over, a little later",
 }
 
 

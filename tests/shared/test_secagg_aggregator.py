@@ -227,6 +227,15 @@ def test_inconsistent_shares_name_the_dealer():
     assert caught.value.blamed == (mallory.lab.names[2],)
 
 
+def test_as_many_dealers_as_may_lie_are_not_taken_for_honest():
+    # n - t of them; with one more it must be the members who lie.
+    dealers = [(2, (0, 1, 3)), (4, (0, 1, 3))]
+    mallory = until_collected(7, dealers=dealers).propose().reveal()
+    with pytest.raises(NotEnoughSharesError, match="pi-002 shared wrongly") as caught:
+        unmasked(mallory).finish()
+    assert caught.value.blamed == (mallory.lab.names[2],)
+
+
 def test_a_dealer_cannot_have_its_victim_blamed_for_the_round():
     # It deals one member a share that fits nothing. The sum is right all the same, and the member
     # is named only as what it is: the holder of a share that does not fit.

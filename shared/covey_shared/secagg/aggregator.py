@@ -150,7 +150,7 @@ class Aggregator:
         secrets: dict[int, bytes] = {}
         for holders, group in by_holders.items():
             left = self._combine_into(secrets, holders, group)
-            if left and len(left) > self._cohort.n - self._cohort.threshold:
+            if len(left) > self._cohort.n - self._cohort.threshold:
                 suspects = []  # so many devices cannot all have dealt wrongly: members lie
             else:
                 suspects = [self._cohort.peers[i].device for i in left]
@@ -166,7 +166,7 @@ class Aggregator:
         """Recover what t of the holders not known as liars can; return the targets that do not fit."""
         peers, t = self._cohort.peers, self._cohort.threshold
         chosen = [x for x in holders if peers[x].device not in self.liars][:t]
-        if not targets or len(chosen) < t:
+        if len(chosen) < t:
             return list(targets)
         found = dict(zip(targets, self._combine(chosen, targets), strict=True))
         fitting = {i: secret for i, secret in found.items() if self._fits(i, secret)}
