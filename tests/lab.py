@@ -210,6 +210,8 @@ class Play:
         self.refused: list[tuple[str, Exception]] = []
         self.ended: dict[DeviceId, device.Ended] = {}
         self.actions: dict[DeviceId, list[device.Action]] = {name: [] for name in lab.names}
+        # Device -> how many more actions it carries out before its process ends and starts anew.
+        self.crash_after: dict[DeviceId, int] = {}
         self.seen: list[Mail] = []
         self.parcels: list[Parcel] = []
         self._asked = 0.0
@@ -353,7 +355,10 @@ class Play:
     def device_did(self, name: DeviceId, actions: list[device.Action]) -> None:
         session = self.lab.sessions[name]
         for action in actions:
-            if name in self.gone:
+            if name in self.gone or self.lab.sessions[name] is not session:
+                return
+            if self._crashes(name):
+                self.restart(name)
                 return
             self.actions[name].append(action)
             match action:
@@ -373,6 +378,15 @@ class Play:
                     self.ended[name] = action
                 case device.StopTraining():
                     pass
+
+    def _crashes(self, name: DeviceId) -> bool:
+        if name not in self.crash_after:
+            return False
+        self.crash_after[name] -= 1
+        if self.crash_after[name] >= 0:
+            return False
+        del self.crash_after[name]
+        return True
 
     def train(self, name: DeviceId, round_id: int = 0) -> None:
         round_id = round_id or self.machine.spec.call.round

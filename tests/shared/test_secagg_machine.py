@@ -113,6 +113,12 @@ class FleetMachine(RuleBasedStateMachine):
         if (name := self.harm(at)) is not None:
             self.play.restart(name)
 
+    @rule(at=st.integers(0, 6), actions=st.integers(0, 5))
+    def crash_soon(self, at, actions):
+        """The process ends in the middle of what it is about to do: between a save and a message, say."""
+        if (name := self.harm(at)) is not None:
+            self.play.crash_after[name] = actions
+
     @rule(at=st.integers(0, 6))
     def fail_training(self, at):
         name = self.lab.names[at % self.lab.n]
