@@ -167,9 +167,14 @@ def renew(
         identity=identity.public,
         csr=key.csr if key else b"",
     )
-    answer = enrol.exchange(
-        config.enrol.host, config.enrol.port, context, wire.sign(request, identity).envelope
-    )
+    envelope = wire.sign(request, identity).envelope
+    try:
+        answer = enrol.exchange(config.enrol.host, config.enrol.port, context, envelope)
+    except enrol.LostError as error:
+        # All that a coordinator says to a certificate that it revoked is to close the connection.
+        raise enrol.LostError(
+            f"{error}, and if that does not help, ask your operator whether this device was revoked"
+        ) from error
     granted = enrol.granted(
         answer,
         fleet=trust.fleet,
