@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from covey_shared import wire
+from covey_shared import transcript_checks, wire
 from covey_shared.errors import LocalProtocolError, MalformedError, SignatureError
 from covey_shared.messages import (
     CheckIn,
@@ -362,3 +362,30 @@ def test_a_transcript_must_say_whose_it_is_and_only_once():
     records = STORY.records()
     for wrong in (records[1:], [records[0], *records]):
         assert "whole" in failed(checked(sealed(wrong, LAB.coordinator_key), model=STORY.model))
+
+
+def test_messages_are_bounded_in_number_and_in_bytes(monkeypatch: pytest.MonkeyPatch):
+    sizes = [len(body) for kind, body in STORY.records() if kind in (Kind.MESSAGE, Kind.NOTE)]
+    for name, exact in (("MAX_MESSAGES", len(sizes)), ("MAX_MESSAGES_BYTES", sum(sizes))):
+        with monkeypatch.context() as bounded:
+            bounded.setattr(transcript_checks, name, exact)
+            assert checked(STORY).complete
+            bounded.setattr(transcript_checks, name, exact - 1)
+            assert "more messages than a round can have" in checked(STORY).checks[0].detail
+
+
+@pytest.mark.parametrize("kind", [Kind.KEY, Kind.PAYLOAD, Kind.THINNED])
+def test_no_message_follows_what_belongs_to_the_end(kind: Kind):
+    """A late vote, which may come at any time before: after each kind of record alone."""
+    story = STORY.but(thinned=set(STORY.payloads)) if kind is Kind.THINNED else STORY
+    end = next(body for k, body in story.records() if k is kind)
+    messages = [record for record in story.records() if record[0] in (Kind.ABOUT, Kind.MESSAGE)]
+    late = next(s for s in STORY.messages if isinstance(s.message, RosterVote))
+    messages.remove((Kind.MESSAGE, late.envelope))
+    ending = story.records()[-1]
+    for order, good in (
+        ([*messages, (Kind.MESSAGE, late.envelope), (kind, end), ending], True),
+        ([*messages, (kind, end), (Kind.MESSAGE, late.envelope), ending], False),
+    ):
+        report = checked(sealed(order, LAB.coordinator_key), model=STORY.model)
+        assert (report.verdict("whole") is Verdict.PASS) == good
