@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,11 +16,21 @@ import pytest
 import covey_device.keystore
 from covey_coordinator.config import CohortConfig
 from covey_device import service as device_service
+from covey_device.audit import AuditLog
 from covey_device.policy import Policy
 from covey_device.session import Session
 from covey_device.trainer import Work
+from covey_shared import wire
 from covey_shared.errors import DataError, TrainingError
-from covey_shared.messages import CheckIn, Decline, MaskedUpdate, RosterVote, ViewVote
+from covey_shared.keys import SigningKey
+from covey_shared.messages import (
+    CheckIn,
+    Decline,
+    MaskedUpdate,
+    PlanSignature,
+    RosterVote,
+    ViewVote,
+)
 from covey_shared.transport import Incoming
 from memory_fleet import TOPICS, Fleet, Seat, config, go, hasten, short
 from memory_transport import Delivery, Network
@@ -319,6 +330,38 @@ def test_a_model_beyond_the_memory_limit_is_declined(tmp_path: Path):
             await fleet.play(fleet.run(config(rounds=1, deadlines=short(gather_s=0.5))))
             assert survivors(fleet) == [("pi-0", "pi-2", "pi-3")]
             assert "19240 bytes; this device takes at most 10000" in seat.ended[0].outcome
+
+    go(scenario())
+
+
+# -- model owners ----------------------------------------------------------------------------------
+
+
+def test_devices_with_owners_run_what_these_signed_and_fetch_nothing_else(tmp_path: Path):
+    owner = SigningKey(b"o" * 32)
+
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            for seat in fleet.seats:
+                await seat.service.close()
+                await fleet.boot(seat, policy=Policy(owners=frozenset([owner.public])))
+            await fleet.until(lambda: len(fleet.coordinator.registry.present) == 4)
+            settings = config(rounds=1, deadlines=short(gather_s=0.3))
+            state = await fleet.play(fleet.run(settings, "unsigned"))
+            assert state.rounds_completed == 0
+            said = [
+                wire.decode(payload).message.LABEL
+                for sender, topic, payload in fleet.network.log
+                if topic.startswith(TOPICS.outbox(""))
+            ]
+            assert said == ["decline"] * 4
+            signature = wire.sign(PlanSignature(owner.public, fleet.bundle.hash), owner)
+            fleet.bundle = replace(fleet.bundle, signatures=(signature.envelope,))
+            state = await fleet.play(fleet.run(config(rounds=1), "signed"))
+            assert state.rounds_completed == 1
+            assert len(survivors(fleet)[-1]) == 4
+            entry = AuditLog(fleet.seats[0].directory).last("joined")
+            assert entry["signed_by"] == [owner.public.hex()]
 
     go(scenario())
 
