@@ -91,39 +91,36 @@ class TlsDirectory:
 
     def client_context(self) -> ssl.SSLContext:
         """The coordinator's connections to the broker: that authority and no other. Raises ConfigError."""
-        return self._context(ssl.PROTOCOL_TLS_CLIENT, COORDINATOR, ("ca.crt",))
+        return self._context(ssl.PROTOCOL_TLS_CLIENT, COORDINATOR)
 
     def server_context(self) -> ssl.SSLContext:
-        """For the enrolment port. A client need not have a certificate; one that it shows is checked,
-        and against crl.pem as it is now. Raises ConfigError."""
-        context = self._context(ssl.PROTOCOL_TLS_SERVER, "server", ("ca.crt", "crl.pem"))
+        """For the enrolment port. A client need not have a certificate; one that it shows must be this
+        authority's. Whether it is revoked is not for the handshake, which would end without a word: the
+        desk knows, and says so. Raises ConfigError."""
+        context = self._context(ssl.PROTOCOL_TLS_SERVER, "server")
         context.verify_mode = ssl.CERT_OPTIONAL
-        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
         context.options |= ssl.OP_NO_RENEGOTIATION
         context.num_tickets = 0  # nobody comes back: a resumed session would not be checked anew
         return context
 
-    def _context(
-        self, protocol: ssl._SSLMethod, own: str, trusted: tuple[str, ...]
-    ) -> ssl.SSLContext:
+    def _context(self, protocol: ssl._SSLMethod, own: str) -> ssl.SSLContext:
         context = ssl.SSLContext(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.verify_flags |= ssl.VERIFY_X509_STRICT
-        certificate, key = self.path / f"{own}.crt", self.path / f"{own}.key"
-        paths = [certificate, *(self.path / name for name in trusted)]
-        for path in (*paths, key):
+        certificate, key, authority = (
+            self.path / name for name in (f"{own}.crt", f"{own}.key", "ca.crt")
+        )
+        for path in (certificate, key, authority):
             self.read(path.name)  # OpenSSL would not say which one it is that is missing
-        for path in paths:
-            try:
-                if path == certificate:
-                    # an encrypted key would be asked about on the terminal
-                    context.load_cert_chain(certificate, key, password=lambda: "")
-                else:
-                    context.load_verify_locations(path)
-            except (ssl.SSLError, OSError) as error:
-                raise ConfigError(
-                    f"{path}{' or its .key' if path == certificate else ''} is damaged; restore it"
-                ) from error
+        try:
+            context.load_verify_locations(authority)
+        except (ssl.SSLError, OSError) as error:
+            raise ConfigError(f"{authority} is damaged; restore it") from error
+        try:
+            # an encrypted key would be asked about on the terminal
+            context.load_cert_chain(certificate, key, password=lambda: "")
+        except (ssl.SSLError, OSError) as error:
+            raise ConfigError(f"{certificate} or its .key is damaged; restore it") from error
         return context
 
     def _save(self, name: str, pair: pki.Pair) -> None:

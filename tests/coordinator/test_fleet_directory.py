@@ -424,7 +424,7 @@ def test_a_lost_authority_is_not_made_anew(tmp_path: Path):
         path.chmod(0o600)
 
 
-@pytest.mark.parametrize("name", ["ca.crt", "crl.pem", "server.crt", "server.key"])
+@pytest.mark.parametrize("name", ["ca.crt", "server.crt", "server.key"])
 def test_a_damaged_certificate_of_the_broker_s_is_named(tmp_path: Path, name: str):
     fleet = networked(tmp_path / "fleet")
     (fleet.tls.path / name).write_bytes(b"x")

@@ -244,7 +244,7 @@ class EnrolmentDesk:
             if record is None:
                 raise RefusedError(f"there is no device {request.device} in this fleet")
             try:
-                self._check_renewal(record, signed, peer.serial, now_unix)
+                self._check_renewal(record, signed, peer.serial)
                 public = pki.requested_key(request.csr) if request.csr else None
             except RemoteProtocolError as error:
                 self._note_refusal(record.device, peer, str(error), now_unix)
@@ -253,13 +253,15 @@ class EnrolmentDesk:
             return self._issue(record, request.csr, public, now_unix)
 
     def _check_renewal(
-        self, record: DeviceRecord, signed: wire.Signed[RenewRequest], serial: int, now_unix: int
+        self, record: DeviceRecord, signed: wire.Signed[RenewRequest], serial: int
     ) -> None:
         request, revoked = signed.message, self._fleet.book.revoked()
         if record.key in revoked_identities(revoked):
             raise RefusedError(f"device {record.device} was revoked")
-        if serial in revoked_serials(revoked, now_unix):
-            raise RefusedError("the certificate of this connection was revoked")
+        if f"{serial:x}" not in {grant.serial for grant in record.grants}:
+            raise RefusedError(
+                "the certificate of this connection is not one of this device's, or not any more"
+            )
         if request.identity != record.key:
             raise RefusedError(f"{record.device} is registered with another identity")
         signed.check(record.key, signer=f"device {record.device}")
