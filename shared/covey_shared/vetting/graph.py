@@ -35,6 +35,7 @@ MAX_INTEGER = 1 << 31
 DTYPES = {1: ("float32", 4), 2: ("uint8", 1), 6: ("int32", 4), 7: ("int64", 8), 9: ("bool", 1)}
 DTYPES[11] = ("float64", 8)
 _NUMBERS = {name: number for number, (name, _) in DTYPES.items()}
+_NAMES = {number: name for number, (name, _) in DTYPES.items()}
 
 BATCH = -1
 """Stands for the batch dimension in a shape."""
@@ -87,9 +88,10 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """A graph that keeps the rules. nodes: in an order in which they can run."""
+    """A graph that keeps the rules. nodes: in an order in which they can run. types: of every value."""
 
     nodes: Sequence[Node]
+    types: Mapping[str, str]
     constants: Mapping[str, Tensor]
     inputs: Ports
     outputs: Ports
@@ -239,14 +241,20 @@ def _vet(header: PlanHeader, data: memoryview, what: GraphName) -> Graph:
         raise refusal(f"it lacks initializer {missing[0]!r}")
     _check_ports("input", graph.get(11, ()), inputs, meter)
     _check_ports("output", graph.get(12, ()), outputs, meter)
-    known = {name: name for name in (*constants, *inputs)}
-    if len(known) < len(constants) + len(inputs):
+    known = _Known(
+        {name: name for name in (*constants, *inputs)},
+        {n: t.dtype for n, t in constants.items()} | {n: port[0] for n, port in inputs.items()},
+        {name for name, tensor in constants.items() if tensor.data is not None},
+    )
+    if len(known.names) < len(constants) + len(inputs):
         raise refusal("an initializer has the name of an input")
-    fixed = {name for name, tensor in constants.items() if tensor.data is not None}
-    nodes = [_node(read(m, _NODE, meter), meter, known, fixed) for m in graph.get(1, ())]
-    if missing := sorted(name for name in outputs if name not in known or name in inputs):
-        raise refusal(f"no node makes output {missing[0]!r}")
-    return Graph(nodes, constants, inputs, outputs)
+    nodes = [_node(read(m, _NODE, meter), meter, known) for m in graph.get(1, ())]
+    for name, (dtype, _) in sorted(outputs.items()):
+        if name not in known.names or name in inputs:
+            raise refusal(f"no node makes output {name!r}")
+        if known.types[name] != dtype:
+            raise refusal(f"output {name!r} comes out as {known.types[name]}")
+    return Graph(nodes, known.types, constants, inputs, outputs)
 
 
 def _tensor(fields: dict[int, Any], meter: Meter, slots: Mapping[str, Any]) -> Tensor:
@@ -321,8 +329,18 @@ def _check_ports(kind: str, messages: Sequence[memoryview], expected: Ports, met
 _NONE: Mapping[str, Any] = {}
 
 
-def _node(fields: dict[int, Any], meter: Meter, known: dict[str, str], fixed: set[str]) -> Node:
-    """Adds the node's outputs to what is known, and to what is fixed: the same for all data."""
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """Of the values so far: their names, each as one object; element types; those that are fixed, which
+    is to say the same for all data of one shape."""
+
+    names: dict[str, str]
+    types: dict[str, str]
+    fixed: set[str]
+
+
+def _node(fields: dict[int, Any], meter: Meter, known: _Known) -> Node:
+    """A node, judged; its outputs are known from then on."""
     operator = fields.get(4, "")
     if operator not in operators.ALLOWED:
         why = operators.LEFT_OUT.get(
@@ -331,27 +349,35 @@ def _node(fields: dict[int, Any], meter: Meter, known: dict[str, str], fixed: se
         raise refusal(f"operator {operator!r}: {why}")
     where = fields.get(3) or operator
     given, outputs = fields.get(1, ()), tuple(fields.get(2, ()))
-    if unknown := [name for name in given if name and name not in known]:
+    if unknown := [name for name in given if name and name not in known.names]:
         raise refusal(f"node {where!r} uses {unknown[0]!r} before it is made")
-    inputs = tuple(known[name] if name else "" for name in given)
+    inputs = tuple(known.names[name] if name else "" for name in given)
     for position in operators.SIZES.get(operator, ()):
         name = inputs[position] if position < len(inputs) else ""
-        if name and name not in fixed:
+        if name and name not in known.fixed:
             raise refusal(
                 f"node {where!r} ({operator}) takes a size from {name!r}, whose values depend on data"
             )
-    constant = operator not in operators.RANDOM and all(name in fixed for name in inputs if name)
-    for name in outputs:
+    attributes = _attributes(fields.get(5, ()), where, meter)
+    fixed = operator in operators.FROM_SHAPES or (
+        operator not in operators.RANDOM and all(n in known.fixed for n in inputs if n)
+    )
+    given = [known.types[name] if name else "" for name in inputs]
+    if operator in operators.TRAPS and not fixed and not all(t.startswith("float") for t in given):
+        raise refusal(f"node {where!r} ({operator}) divides integers that depend on data")
+    first, others = operators.types(operator, given, attributes, _NAMES)
+    for position, name in enumerate(outputs):
         if not name:
             continue
-        if name in known:
+        if name in known.names:
             raise refusal(f"the name {name!r} is given twice")
-        known[name] = name
-        if constant or operator in operators.FROM_SHAPES:
-            fixed.add(name)
+        known.names[name] = name
+        known.types[name] = others if position else first
+        if fixed:
+            known.fixed.add(name)
     if not any(outputs):
         raise refusal(f"node {where!r} makes nothing")
-    return Node(operator, inputs, outputs, _attributes(fields.get(5, ()), where, meter))
+    return Node(operator, inputs, outputs, attributes)
 
 
 def _attributes(messages: Sequence[memoryview], where: str, meter: Meter) -> Mapping[str, Any]:
@@ -374,7 +400,7 @@ def _attributes(messages: Sequence[memoryview], where: str, meter: Meter) -> Map
         for number in value if kind == 7 else [value] if kind == 2 else []:
             if abs(number) > MAX_INTEGER:
                 raise refusal(f"attribute {name!r} of node {where!r} is {number}")
-        if name in ("to", "dtype") and value not in DTYPES:
+        if name in ("to", "dtype") and (kind != 2 or value not in DTYPES):
             raise refusal(f"node {where!r} makes element type {value}, which plans have not")
         attributes[name] = value
     return attributes

@@ -7,8 +7,12 @@ every plan that the tests compile, and against the plans that are shipped.
 No operator here has a graph inside it, loops, keeps state, names a file, or gives a result whose size
 depends on the values of a tensor. That last rule is completed by `SIZES`: inputs that set a size must come
 from constants and from shapes, never from data. So the sizes of everything in a step are the same for any
-data of the same shape, and one trial of a step tells what every later one will take.
+data of the same shape, and one trial of a step tells what every later one will take. Nor may data decide
+whether a step crashes: see `TRAPS`.
 """
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 ALLOWED = frozenset(
     """
@@ -52,6 +56,10 @@ FROM_SHAPES = frozenset({"Shape", "Size"})
 
 RANDOM = frozenset({"Bernoulli", "Dropout", "RandomNormalLike", "RandomUniformLike"})
 
+TRAPS = frozenset({"Div", "Mod"})
+"""Of integers, these end the process for the smallest number by -1 (onnxruntime 1.31 on x86-64). So their
+integers must be the same for all data: then a trial finds out."""
+
 SIZES: dict[str, tuple[int, ...]] = {
     "Col2Im": (1, 2),
     "ConstantOfShape": (0,),
@@ -76,3 +84,32 @@ SIZES: dict[str, tuple[int, ...]] = {
     },
 }
 """Operator -> positions of the inputs whose values set its result's shape."""
+
+
+_BOOL = frozenset(
+    """Equal Greater GreaterOrEqual Less LessOrEqual And Or Xor Not IsNaN IsInf""".split()  # noqa: SIM905
+)
+
+
+def types(
+    operator: str, given: Sequence[str], attributes: Mapping[str, Any], names: Mapping[int, str]
+) -> tuple[str, str]:
+    """Element types of the first result and of any further ones.
+
+    given: of the inputs; "" for one that is left out. names: of ONNX's numbers for types.
+    """
+    first = given[0] if given and given[0] else "int64"
+    if operator in _BOOL:
+        first = "bool"
+    elif operator in ("Shape", "Size", "ArgMax", "ArgMin"):
+        first = "int64"
+    elif operator == "ConstantOfShape":
+        first = "float32"
+    elif operator in ("Where", "CastLike"):
+        first = given[1] if len(given) > 1 else first
+    chosen = attributes.get("to" if operator == "Cast" else "dtype")
+    if chosen is not None and (operator in RANDOM or operator in ("Cast", "EyeLike")):
+        first = names[chosen]
+    if operator in ("MaxPool", "TopK"):
+        return first, "int64"
+    return first, "bool" if operator == "Dropout" else first

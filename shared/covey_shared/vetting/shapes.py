@@ -24,9 +24,6 @@ MAX_VALUES = 64
 """Elements of a tensor that is followed by value: shapes and axes have no more."""
 
 _WIDTHS = dict(DTYPES.values())
-_COMPARISONS = frozenset(
-    """Equal Greater GreaterOrEqual Less LessOrEqual And Or Xor Not IsNaN IsInf""".split()  # noqa: SIM905
-)
 _BROADCAST = frozenset(
     """Add Sub Mul Div Pow Max Min Mod PRelu Where Equal Greater GreaterOrEqual Less LessOrEqual And Or Xor
     BitwiseAnd BitwiseOr BitwiseXor BitShift""".split()  # noqa: SIM905
@@ -83,18 +80,17 @@ def peak_bytes(graph: Graph, batch: int) -> int:
 
 
 class _Known:
-    """Shapes, element types and small integer values, as far as they are known."""
+    """Shapes and small integer values, as far as they are known."""
 
     def __init__(self, graph: Graph, batch: int) -> None:
         self.shapes: dict[str, Shape] = {}
-        self.widths: dict[str, int] = {}
+        self._types = graph.types
         self.values: dict[str, _Value] = {}
-        for name, (dtype, shape) in graph.inputs.items():
+        for name, (_, shape) in graph.inputs.items():
             if shape is not None:
                 self.shapes[name] = tuple(batch if side == BATCH else side for side in shape)
-                self.widths[name] = _WIDTHS[dtype]
         for name, tensor in graph.constants.items():
-            self.shapes[name], self.widths[name] = tensor.shape, _WIDTHS[tensor.dtype]
+            self.shapes[name] = tensor.shape
             value = _small(tensor)
             if value is not None:
                 self.values[name] = value
@@ -102,35 +98,21 @@ class _Known:
     def size(self, name: str) -> int:
         """Bytes of a value; 0 if its shape is not known."""
         shape = self.shapes.get(name)
-        return 0 if shape is None else math.prod(shape) * self.widths.get(name, 4)
+        return 0 if shape is None else math.prod(shape) * _WIDTHS[self._types[name]]
 
     def infer(self, node: Node) -> None:
         """Learn what can be told of the node's outputs."""
         try:
             shapes = self._shapes(node)
-            for position, (name, shape) in enumerate(zip(node.outputs, shapes, strict=False)):
+            for name, shape in zip(node.outputs, shapes, strict=False):
                 if not name or shape is None or len(shape) > MAX_RANK:
                     continue
                 if all(0 <= side < 1 << 62 for side in shape):
                     self.shapes[name] = tuple(shape)
-                    self.widths[name] = self._width(node, position)
             if len(node.outputs) == 1:
                 self._follow(node)
         except (LookupError, ValueError, TypeError, ArithmeticError):
             pass  # it does not fit together, or stands on something unknown: onnxruntime will tell
-
-    def _width(self, node: Node, position: int) -> int:
-        if node.operator in _COMPARISONS or (node.operator == "Dropout" and position):
-            return 1
-        if node.operator in ("Shape", "Size", "ArgMax", "ArgMin"):
-            return 8
-        if node.operator in ("MaxPool", "TopK") and position:
-            return 8  # the indices
-        kind = node.attributes.get("to", node.attributes.get("dtype"))
-        if isinstance(kind, int):
-            return DTYPES[kind][1]
-        typed = node.inputs[1] if node.operator in ("Where", "CastLike") else node.inputs[0]
-        return 4 if node.operator == "ConstantOfShape" else self.widths[typed]
 
     def _shapes(self, node: Node) -> Sequence[Shape | None]:
         operator = node.operator
