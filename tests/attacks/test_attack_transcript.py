@@ -434,6 +434,22 @@ def test_records_in_another_order():
     assert "whole" in failed(checked(sealed(backwards, LAB.coordinator_key), model=STORY.model))
 
 
+KINDS = [RoundCall, CheckIn, Manifest, Shares, Roster, MaskedUpdate, ViewProposal, ViewVote, View,
+         Reveal, Result]  # fmt: skip
+
+
+@pytest.mark.parametrize("first", range(len(KINDS) - 1))
+def test_a_message_before_its_time(first: int):
+    """The coordinator seals its messages in another order than they can have come in."""
+    kinds = [type(signed.message) for signed in STORY.messages]
+    messages = list(STORY.messages)
+    early = messages.pop(kinds.index(KINDS[first + 1]))
+    messages.insert(kinds.index(KINDS[first]), early)
+    report = checked(STORY.but(messages=messages))
+    assert "out of order" in report.checks[0].detail
+    assert "whole" in failed(report)
+
+
 @pytest.mark.parametrize(
     "kind",
     [RoundCall, CheckIn, Manifest, Shares, RosterVote, Roster, MaskedUpdate, ViewProposal,
