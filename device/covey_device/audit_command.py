@@ -48,14 +48,17 @@ def audit(
     since_unix = 0.0 if since is None else since.timestamp()
     found = latest(stories(directory, since_unix=since_unix), rounds)
     if as_json:
-        for story in found:
-            for line in story.lines:
-                click.echo(line)
+        for line in (line for story in found for line in story.lines):
+            click.echo(line)
         return
-    for place, story in enumerate(found):
-        click.echo(told(story, last=place == len(found) - 1))
-    if not found:
+    story = next(found, None)
+    if story is None:
         click.echo("nothing yet" if since is None else "nothing since then")
+        return
+    for following in found:
+        click.echo(told(story))
+        story = following
+    click.echo(told(story, last=True))
 
 
 def _verify(directory: Path) -> None:

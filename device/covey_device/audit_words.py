@@ -2,7 +2,8 @@
 
 import datetime
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,10 @@ class Story:
         return None
 
 
-def stories(directory: Path, *, since_unix: float = 0) -> Iterable[Story]:
-    """Rounds and other entries in the order of their first lines. Lines that cannot be read, which
-    `verify` tells of, are left out. Raises StorageError."""
-    found: list[Story] = []
+def stories(directory: Path, *, since_unix: float = 0) -> Iterator[Story]:
+    """Rounds and other entries in the order of their first lines, each when all of it is known. Lines
+    that cannot be read, which `verify` tells of, are left out. Raises StorageError."""
+    waiting: list[Story] = []  # a round, and what else happened before the next one
     open_round: Story | None = None
     for _, raw in lines_of(directory):
         try:
@@ -57,12 +58,13 @@ def stories(directory: Path, *, since_unix: float = 0) -> Iterable[Story]:
         else:
             story = Story(at, round_id if about_round else None)
             if about_round:
-                open_round = story
+                yield from waiting
+                waiting, open_round = [], story
             if at >= since_unix:
-                found.append(story)
+                waiting.append(story)
         story.entries.append(entry)
         story.lines.append(raw.rstrip(b"\n"))
-    return found
+    yield from waiting
 
 
 def _unix(text: str) -> int:
@@ -70,13 +72,21 @@ def _unix(text: str) -> int:
     return int(moment.replace(tzinfo=datetime.UTC).timestamp())
 
 
-def latest(found: Iterable[Story], rounds: int | None) -> list[Story]:
-    """The last so many rounds, and what else happened since the first of them."""
-    told = list(found)
+def latest(found: Iterator[Story], rounds: int | None) -> Iterator[Story]:
+    """The last so many rounds, and what else happened since the first of them. None: everything."""
     if rounds is None:
-        return told
-    places = [i for i, story in enumerate(told) if story.round_id is not None]
-    return told[places[-rounds] :] if len(places) > rounds else told
+        yield from found
+        return
+    kept: deque[Story] = deque()
+    count = 0
+    for story in found:
+        kept.append(story)
+        count += story.round_id is not None
+        while count > rounds:
+            count -= kept.popleft().round_id is not None
+    while count == rounds and kept[0].round_id is None:
+        kept.popleft()
+    yield from kept
 
 
 # -- in words --------------------------------------------------------------------------------------

@@ -99,7 +99,8 @@ def test_the_last_rounds_and_what_came_after(home: Path):
         "round 2",
         "round 3",
     ]
-    assert len(audit(home, "--rounds", "3").stdout.splitlines()) == 4
+    assert len(audit(home, "--rounds", "3").stdout.splitlines()) == 3
+    assert len(audit(home, "--rounds", "4").stdout.splitlines()) == 4
     Audit(AuditLog(home / "state")).note("renewed")
     assert len(audit(home, "--rounds", "1").stdout.splitlines()) == 2
 
