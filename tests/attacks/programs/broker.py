@@ -139,8 +139,8 @@ class HostileBroker:
             async with asyncio.TaskGroup() as both:
                 both.create_task(self._pump(reader, link, inbound=True))
                 both.create_task(self._pump(back, link, inbound=False))
-        except* (asyncio.IncompleteReadError, ConnectionError):
-            pass
+        except* (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass  # either side left, or all is over
         finally:
             for one in (writer, ours):
                 if one is not None:

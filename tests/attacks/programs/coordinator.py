@@ -5,9 +5,9 @@ an honest round; each may be told what to say to whom. It speaks to a device thr
 inbox, or, where the broker plays along (`broker.HostileBroker` with `private`), on the topics that all
 are meant to read. Accomplices are rogue devices that tell it everything and sign what it likes.
 
-By hand, from the tests' folder: `python -m attacks.programs.coordinator mqtt://HOST:PORT --fleet
-DIRECTORY --plan PLAN --lie two-views pi-1 pi-2 pi-3 pi-4`, with a fleet's directory (`covey init`),
-its devices running and no other coordinator.
+By hand, from the tests' folder: `python -m attacks.programs.coordinator --fleet DIRECTORY
+--plan PLAN --lie two-views pi-1 pi-2 pi-3 pi-4`, with a fleet on this machine (`covey init`), whose devices
+run and whose coordinator (`covey up`) has no run to do.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from typing import Any
 from attacks.programs.broker import private_topic
 from attacks.programs.device import Rogue
 from covey_coordinator.blobs import BlobServer
+from covey_coordinator.config import load_fleet
 from covey_coordinator.fleet import FleetDirectory
 from covey_coordinator.plans.bundle import PlanBundle, load_bundle
 from covey_shared import chunks, keys, wire
@@ -428,31 +429,32 @@ LIES: dict[str, Callable[[HostileCoordinator, DeviceId], Awaitable[None]]] = {
 
 async def _main(arguments: argparse.Namespace) -> None:
     directory = FleetDirectory(arguments.fleet)
-    trust, key = directory.trust(), directory.coordinator_key()
+    trust, key = directory.trust, directory.coordinator_key()
     realm = Realm(trust, key, load_bundle(arguments.plan), sorted(map(DeviceId, arguments.devices)))
+    url = directory.broker_url(load_fleet(arguments.fleet))
+    # Beside the real one, which has no round open and takes no notice.
     transport = MqttTransport(
-        arguments.url, "coordinator", username=arguments.username, password=arguments.password
+        url, "liar", username="coordinator", password=directory.password("coordinator")
     )
-    try:
-        async with HostileCoordinator(realm, transport, arguments.round) as c:
+    c = HostileCoordinator(realm, transport, arguments.round, revision=arguments.revision)
+    async with c:
+        try:
             await LIES[arguments.lie](c, realm.names[0])
-            for name in realm.names:
-                print(f"{name}: {c.declines.get(name, 'stayed')}")
-            print(f"{len(c.updates)} masked updates, {len(c.reveals)} members revealed shares")
-    except (CoveyError, TimeoutError) as error:
-        raise SystemExit(f"nothing came of it: {error or 'a device did not answer'}") from error
+        except (CoveyError, TimeoutError) as error:
+            print(f"the lie came to an end: {error or 'a device did not answer'}")
+        for name in realm.names:
+            print(f"{name}: {c.declines.get(name, 'stayed')}")
+        print(f"{len(c.updates)} masked updates, {len(c.reveals)} members revealed shares")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A coordinator that lies, in a fleet of your own.")
-    parser.add_argument("url", help="mqtt://HOST:PORT of the broker")
     parser.add_argument(
         "devices", nargs="+", help="those that are to take part; the first is the victim"
     )
     parser.add_argument("--fleet", type=Path, required=True, help="the fleet's directory")
     parser.add_argument("--plan", type=Path, required=True, help="a compiled plan")
     parser.add_argument("--lie", choices=LIES, default="none")
-    parser.add_argument("--round", type=int, default=1, help="later than any round before")
-    parser.add_argument("--username")
-    parser.add_argument("--password")
+    parser.add_argument("--round", type=int, default=1, help="later than any before")
+    parser.add_argument("--revision", type=int, default=0, help="higher, to ask for a model again")
     asyncio.run(_main(parser.parse_args()))

@@ -4,7 +4,7 @@
 it is honest. Each class below it lies at one point. `RogueDevice` lets it speak over a real broker.
 
 By hand, from the tests' folder, with the files that `covey device add` makes: `python -m
-attacks.programs.device mqtt://HOST:PORT --directory DEVICE --lie wrong-reveal`.
+attacks.programs.device --config DEVICE/device.toml --lie wrong-reveal`.
 """
 
 import argparse
@@ -17,8 +17,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from covey_device.config import load as load_config
-from covey_device.keystore import load_identity
+from covey_device.assembly import load_device
 from covey_shared import chunks, keys, sharing, wire
 from covey_shared.errors import CoveyError
 from covey_shared.fixedpoint import pack
@@ -475,21 +474,18 @@ class RogueDevice:
                 return
 
 
-def load(device_toml: Path, kind: type[Rogue]) -> Rogue:
-    """A rogue from a device's configuration, and the files it names."""
-    config = load_config(device_toml)
-    identity = load_identity(device_toml.parent / config.identity)
-    certificate = (device_toml.parent / config.certificate).read_bytes()
-    ca, coordinator = map(bytes.fromhex, (config.trust.fleet_ca, config.trust.coordinator))
-    trust = Trust(config.fleet, keys.PublicKey(ca), keys.PublicKey(coordinator))
-    return kind(config.device, identity, certificate, trust)
-
-
 async def _main(arguments: argparse.Namespace) -> None:
-    rogue = load(arguments.config, LIES[arguments.lie])
+    parts = load_device(arguments.config)
+    broker = parts.config.broker
     transport = MqttTransport(
-        arguments.url, rogue.name, username=arguments.username, password=arguments.password
+        broker.url,
+        parts.config.device,
+        username=broker.username,
+        password=parts.password,
+        tls=parts.tls,
     )
+    kind = LIES[arguments.lie]
+    rogue = kind(parts.config.device, parts.identity, parts.certificate, parts.trust)
     async with RogueDevice(rogue, transport) as device:
         print(f"{rogue.name} is there, and lies: {arguments.lie}")
         await asyncio.sleep(arguments.seconds)
@@ -498,10 +494,7 @@ async def _main(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A device that lies, in a fleet of your own.")
-    parser.add_argument("url", help="mqtt://HOST:PORT of the broker")
     parser.add_argument("--config", type=Path, required=True, help="its device.toml")
     parser.add_argument("--lie", choices=LIES, default="none")
-    parser.add_argument("--username")
-    parser.add_argument("--password")
     parser.add_argument("--seconds", type=float, default=600.0, help="how long to stay")
     asyncio.run(_main(parser.parse_args()))
