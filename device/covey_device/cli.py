@@ -36,8 +36,8 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except CoveyError as error:
             click.echo(f"covey-device: {error}", err=True)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # the last: whoever reads has seen enough
         except Exception as error:
             if os.environ.get("COVEY_DEBUG"):
                 raise

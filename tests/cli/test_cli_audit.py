@@ -2,8 +2,11 @@
 
 import calendar
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,3 +168,23 @@ def test_verify_goes_alone(home: Path):
 def test_while_the_service_has_the_state(home: Path):
     with MemoryFile(home / "state").held():
         assert audit(home).exit_code == 0
+
+
+def test_a_reader_that_has_seen_enough(home: Path):
+    """`covey-device audit | head -1`, of a log that fills any pipe."""
+    log = AuditLog(home / "state")
+    for number in range(3000):
+        log.append("note", {"number": number})
+    command = [sys.executable, "-c", "from covey_device.cli import main; main()"]
+    child = subprocess.Popen(
+        [*command, "audit", "--config", home / "device.toml"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert child.stdout is not None
+    assert child.stderr is not None
+    assert b"enrolled" in child.stdout.readline()
+    child.stdout.close()
+    assert child.stderr.read() == b""
+    child.wait(30)
