@@ -63,9 +63,11 @@ def only_one(path: Path) -> Iterator[None]:
 
 
 def known_devices(fleet: FleetDirectory) -> Registry:
-    """A registry that pins the identity keys of the devices known here, and refuses revoked ones."""
+    """A registry that pins the identity keys of the devices known here, and refuses revoked ones; in
+    a networked fleet also whoever never joined, should somebody else have the fleet CA's key."""
     identities = {DeviceId(entry.name): entry.identity for entry in fleet.devices()}
-    return Registry(identities, fleet.revoked_identities())
+    networked = load_fleet(fleet.path).networked
+    return Registry(identities, fleet.revoked_identities(), closed=networked)
 
 
 def load_run(directory: RunDirectory) -> tuple[RunConfig, Run]:

@@ -20,26 +20,32 @@ MAX_PRESENT = 100_000
 @dataclass(slots=True)
 class Registry:
     """The coordinator's picture of its fleet. identities: name -> public key, for pinned devices;
-    empty: any device with a certificate of the fleet CA may take part. revoked: identity keys that
-    may not, whatever their certificates say."""
+    who is not pinned may take part with any certificate of the fleet CA, unless the registry is
+    closed. revoked: identity keys that may not, whatever their certificates say."""
 
     identities: dict[DeviceId, bytes] = field(default_factory=dict)
     revoked: frozenset[bytes] = frozenset()
+    closed: bool = False
     _present: set[DeviceId] = field(default_factory=set)
     _kept_out: dict[DeviceId, tuple[int, str]] = field(default_factory=dict)
     faults: Counter[DeviceId] = field(default_factory=Counter)
 
     def presence(self, device: DeviceId, online: bool) -> bool:
-        """A device came or went. False if that is no news, or if there are too many to remember."""
+        """A device came or went. False if that is no news, if it is revoked, or if there are too many
+        to remember."""
         if online == (device in self._present) or (online and len(self._present) >= MAX_PRESENT):
             return False
         (self._present.add if online else self._present.discard)(device)
-        return True
+        return not self._shut_out(device)
 
     @property
     def present(self) -> frozenset[DeviceId]:
-        """Devices online as far as the broker knows."""
-        return frozenset(self._present)
+        """Devices online as far as the broker knows, without those that are revoked: the broker lets
+        none of them say that it has gone, and a round would wait for each."""
+        return frozenset(device for device in self._present if not self._shut_out(device))
+
+    def _shut_out(self, device: DeviceId) -> bool:
+        return self.identities.get(device) in self.revoked
 
     def fault(self, device: DeviceId) -> None:
         """A device broke a rule without cost to the round."""
@@ -58,6 +64,8 @@ class Registry:
         if round_id <= until:
             return f"kept out until round {until}: {reason}"
         known = self.identities.get(device)
+        if known is None and self.closed:
+            return "no device of this name joined the fleet"
         if known is not None and known != identity:
             return "its identity key is not the one that was registered"
         return None

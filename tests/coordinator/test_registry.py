@@ -41,6 +41,31 @@ def test_a_pinned_device_must_have_its_key():
     assert fleet.admit(A, OTHER, 1) == "its identity key is not the one that was registered"
 
 
+def test_in_a_closed_fleet_only_who_joined_may_take_part():
+    """Whoever else has a certificate of the fleet CA: its key may be in other hands."""
+    fleet = Registry({A: KEY}, closed=True)
+    assert fleet.admit(A, KEY, 1) is None
+    assert fleet.admit(B, OTHER, 1) == "no device of this name joined the fleet"
+
+
+def test_no_round_waits_for_who_is_revoked():
+    """The broker lets it not even say that it has gone: its last word stays, that it is online."""
+    fleet = Registry({A: KEY, B: OTHER})
+    assert fleet.presence(A, True)
+    assert fleet.presence(B, True)
+    fleet.revoked = frozenset({KEY})
+    assert fleet.present == {B}
+    fleet.presence(A, False)
+    assert not fleet.presence(A, True)
+    assert fleet.present == {B}
+    assert fleet.admit(A, KEY, 1) == "its identity was revoked"
+    fleet.identities[A] = b"new" + bytes(29)  # joined again
+    assert fleet.present == {A, B}
+    # who is not registered cannot be revoked by name
+    fleet.identities.clear()
+    assert fleet.present == {A, B}
+
+
 def test_who_cost_a_round_is_kept_out_for_ten_and_not_for_ever():
     fleet = Registry()
     fleet.blame(A, 5, "it dealt shares that nobody can open")
