@@ -49,7 +49,8 @@ def queue_run(
             _set(table, _KEYS[option], str(value.absolute()) if option == "test" else value)
     if "goal" not in table.get("cohort", {}):
         # A goal above the size of the fleet would make every round wait for devices there are not.
-        cohort, known = CohortConfig(), len(FleetDirectory(fleet_dir).devices())
+        devices, now = FleetDirectory(fleet_dir).devices(), time.time()
+        cohort, known = CohortConfig(), sum(d.status(now) == "active" for d in devices)
         minimum = table.get("cohort", {}).get("minimum", cohort.minimum)
         _set(table, ("cohort", "goal"), max(minimum, min(cohort.goal, known or cohort.goal)))
     config = config_reader.convert(table, RunConfig, file=source)

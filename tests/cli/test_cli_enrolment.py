@@ -16,6 +16,7 @@ from covey_coordinator.status import write_status
 from covey_shared import wire
 from covey_shared.enrolment import Enrolled, Token, decode_token, fingerprint
 from enrolling import Applicant, who_is_there
+from memory_fleet import PLAN
 
 Covey = Callable[..., Result]
 
@@ -165,6 +166,15 @@ def test_a_device_s_life(covey: Covey, fleet: FleetDirectory):
     token = token_of(covey("device", "token", "--name", "pi-1", "--again"))
     assert isinstance(join(fleet, token, 3), Enrolled)
     assert " active " in lines(covey("device", "list"))[1]
+
+
+def test_a_run_waits_for_devices_that_may_take_part(covey: Covey, fleet: FleetDirectory):
+    """Its goal is the fleet's size, without those that are shut out."""
+    for n in range(1, 7):
+        join(fleet, token_of(covey("device", "token", "--name", f"pi-{n}")), n, f"10.0.0.{n}")
+    covey("device", "revoke", "pi-6")
+    lines(covey("run", PLAN, "--name", "one", "--detach"))
+    assert "goal = 5\n" in (fleet.path / "runs" / "one" / "run.toml").read_text()
 
 
 def test_a_device_that_waits_for_the_fleet_ca(covey: Covey, fleet: FleetDirectory):
