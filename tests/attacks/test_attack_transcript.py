@@ -23,6 +23,7 @@ from covey_shared.messages import (
     Reveal,
     Roster,
     RosterVote,
+    RoundAbandoned,
     RoundCall,
     Shares,
     View,
@@ -477,6 +478,117 @@ def test_two_files_spliced():
         report = checked(sealed(a[:at] + b[at:], LAB.coordinator_key), model=STORY.model)
         assert report.failed
         assert "model" not in passed(report)
+
+
+def checked_in_too(story: Story, extra: Any) -> Story:
+    """One more check-in, of a device that was not chosen."""
+    at = next(i for i, s in enumerate(story.messages) if isinstance(s.message, Manifest))
+    return story.but(messages=[*story.messages[:at], extra, *story.messages[at:]])
+
+
+def test_who_was_not_chosen_is_certified_too():
+    lab = STORY.lab
+    key = keys.SigningKey(bytes(range(1, 33)))
+    template = wire.decode_as(CheckIn, STORY.said(Manifest).check_ins[0]).message
+    for ca, good in ((lab.ca, True), (key, False)):
+        extra = wire.sign(
+            msgspec.structs.replace(
+                template,
+                device=DeviceId("pi-900"),
+                certificate=lab.certify("pi-900", key, ca=ca),
+                pk_mask=keys.mask_key(b"0123456789abcdef").public,
+                pk_seal=keys.seal_key(b"0123456789abcdef").public,
+            ),
+            key,
+        )
+        report = checked(checked_in_too(STORY, extra))
+        assert ("cohort" in failed(report)) != good
+        assert report.complete == good
+
+
+def test_the_call_names_a_model_of_another_size():
+    assert "manifest" in failed(checked(STORY.saying(RoundCall, model_bytes=4)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "check"), [(Shares, "shares"), (MaskedUpdate, "updates"), (CheckIn, "cohort")]
+)
+def test_what_a_device_of_the_sum_signed_is_left_out(kind: type[Message], check: str):
+    device = LAB.names[0]
+    story = STORY.mapped(kind, lambda s: None if s.message.device == device else s)
+    report = checked(story)
+    assert check in failed(report)
+    assert "sum" not in passed(report)
+
+
+def test_too_few_shares_of_a_secret_are_left():
+    story = STORY.mapped(Reveal, lambda s: None if s.message.member == LAB.names[0] else s)
+    report = checked(story)
+    revealed = sum(isinstance(s.message, Reveal) for s in STORY.messages)
+    assert ("secrets" in failed(report)) == (revealed == cohort_of(STORY).threshold)
+    bare = checked(STORY.mapped(Reveal, lambda s: None))
+    assert "reveals" in failed(bare)
+
+
+def test_a_device_signed_something_of_another_shape():
+    device = LAB.names[0]
+    key = LAB.identities[device]
+    shares = next(
+        s.message for s in STORY.messages
+        if isinstance(s.message, Shares) and s.message.device == device
+    )  # fmt: skip
+    fewer = resigned(STORY, Shares, device, key, boxes=shares.boxes[:-1])
+    assert "shares" in failed(checked(fewer))
+    u2 = cohort_of(STORY).bitmap(set(range(6)))
+    assert "updates" in failed(checked(resigned(STORY, MaskedUpdate, device, key, u2=u2)))
+    longer = resigned(STORY, MaskedUpdate, device, key, payload_bytes=1)
+    assert "updates" in failed(checked(longer))
+    vote = resigned(STORY, RosterVote, device, key, u2=u2, readable=u2)
+    assert "roster" in failed(checked(vote))
+
+
+def test_a_hash_too_many_is_kept():
+    story = STORY.but(payloads=STORY.payloads | {1: b"x"}, thinned={*STORY.payloads, 1})
+    assert "payloads" in failed(checked(story))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"round": 2}, {"fleet": "other"}, {"h": bytes(32)}, {"run": bytes(16)}]
+)
+def test_the_result_is_of_another_round(changes: dict[str, Any]):
+    assert "result" in failed(checked(STORY.saying(Result, **changes)))
+
+
+@pytest.mark.parametrize("kind", [Roster, View, ViewProposal, Result, RoundCall, Manifest])
+def test_what_the_coordinator_says_is_signed_by_another(kind: type[Message]):
+    """Only by the coordinator: not by a device, and not by nobody."""
+    other = LAB.identities[LAB.names[0]]
+    story = STORY.mapped(kind, lambda signed: wire.sign(signed.message, other))
+    report = checked(story)
+    assert failed(report)
+    assert "sum" not in passed(report)
+
+
+def test_a_completed_round_was_called_off_too():
+    about = STORY.about
+    notice = RoundAbandoned(about.fleet, about.run, about.round, "too few")
+    signed = wire.sign(notice, LAB.coordinator_key)
+    report = checked(STORY.but(messages=[*STORY.messages, signed]))
+    assert failed(report) == {"ending"}
+
+
+def test_the_notice_of_an_abandoned_round_is_anothers():
+    lab = Lab(4, seed="notice")
+
+    def before(play: Play) -> None:
+        play.intercept = lambda mail: () if isinstance(mail.message, Shares) else (mail,)
+
+    story = told(lab, before)
+    assert not checked(story).failed
+    assert "ending" in failed(checked(story.saying(RoundAbandoned, round=2)))
+    device = lab.identities[lab.names[0]]
+    forged = story.mapped(RoundAbandoned, lambda signed: wire.sign(signed.message, device))
+    assert "ending" in failed(checked(forged))
 
 
 # -- what a transcript gives away ------------------------------------------------------------------
