@@ -162,14 +162,6 @@ class DeviceBook:
         """Keep an identity certificate. Raises StorageError."""
         write_atomic(self.directory(name) / "certificate", envelope)
 
-    def uninstall(self, name: str) -> None:
-        """Forget an identity certificate, before another identity takes the name."""
-        path = self.directory(name) / "certificate"
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise storage_error("remove", path, error) from error
-
     # -- revocations --------------------------------------------------------------------------------
 
     def revoked(self) -> list[Revoked]:

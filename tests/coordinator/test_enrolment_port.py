@@ -246,7 +246,7 @@ def test_those_who_hold_connections_open_do_not_keep_others_out(
     monkeypatch.setattr(listener_module, "MAX_PER_NETWORK", 3)
 
     async def main() -> None:
-        async with opened(bench, tmp_path) as client:
+        async with opened(bench, tmp_path, limit_s=600) as client, asyncio.timeout(60):
             held = [await asyncio.open_connection("127.0.0.1", client.port) for _ in range(3)]
             reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
             with contextlib.suppress(ConnectionError):

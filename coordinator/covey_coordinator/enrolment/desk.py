@@ -218,8 +218,6 @@ class EnrolmentDesk:
             replaced = "" if old.key == identity else old.identity
             book.revoke(Revoked(device=device, identity=replaced, unix=now_unix, grants=old.grants))
             self._write_revocations(now_unix)
-        if old is not None and old.key != identity:
-            book.uninstall(device)
         self._say(f"device {device} joined with the identity {fingerprint(identity)}")
         return DeviceRecord(
             device=device,

@@ -117,7 +117,7 @@ class EnrolmentListener:
         except TimeoutError:
             log.warning("%s did not say anything sensible in %g s", address, self._limit_s)
         except ssl.SSLError as error:
-            # A device whose certificate ended or was revoked ends here as well.
+            # A device whose certificate has ended comes no further either.
             log.warning("no TLS with %s: %s", address, error.reason or "it ended")
         except (OSError, asyncio.IncompleteReadError) as error:
             log.info("%s went away: %s", address, error)
