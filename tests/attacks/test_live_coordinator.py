@@ -60,6 +60,7 @@ async def lied_to(stage, n=5, *, accomplices=(), private=False, upstream=None, *
             async with HostileCoordinator(
                 realm, transport, accomplices=helpers, private=private, **call
             ) as c:
+                c.whispered = tap.messages
                 yield fleet, c, tap
     finally:
         if broker is not None:
@@ -92,9 +93,10 @@ def never_both_kinds(c, tap, fleet):
 async def knows_nothing(c, tap, fleet, n_hidden):
     """Neither a single update nor, here, any sum: nobody revealed. n_hidden: updates that were sent."""
     await tap.until_uploads(n_hidden)
+    await tap.caught_up()
     assert c.reveals.keys() <= c.accomplices.keys()
     assert never_both_kinds(c, tap, fleet)
-    assert tap.hidden(fleet, c.keys, accomplices=len(c.accomplices)) == n_hidden
+    assert await tap.hidden(fleet, c.keys, accomplices=len(c.accomplices)) == n_hidden
     view = tap.view(c.keys)
     for seen in view.rounds.values():
         assert all(view.smallest_sum(seen, name) is None for name in fleet.names)
@@ -110,13 +112,14 @@ def test_a_round_without_a_lie(stage, outcome):
         async with lied_to(stage, 4, accomplices=["zz-evil"]) as (fleet, c, tap):
             await lies.honest(c, VICTIM)
             await tap.until_uploads(4)
+            await tap.caught_up()
             assert c.declines == {}
             assert set(c.reveals) == {*fleet.names, "zz-evil"}
             evil = c.accomplices["zz-evil"].plain[1]
             bits = c.cohort.head.bits
             honest = to_signed(c.aggregate() - to_signed(evil, bits), bits)
             assert (honest == fleet.sum_of(1, fleet.names, bits)).all()
-            assert tap.hidden(fleet, c.keys, accomplices=1) == 4
+            assert await tap.hidden(fleet, c.keys, accomplices=1) == 4
             view = tap.view(c.keys)
             who, ring = view.smallest_sum(view.rounds[c.cohort.h], VICTIM)
             assert who == set(fleet.names)
@@ -136,6 +139,7 @@ def test_accomplices_enough_bare_a_device(stage, outcome):
         async with lied_to(stage, 1, accomplices=accomplices) as (fleet, c, tap):
             await lies.honest(c, VICTIM)
             await tap.until_uploads(1)
+            await tap.caught_up()
             bare = unmask_attempt(tap.view(c.keys), VICTIM)
             bits = c.cohort.head.bits
             assert bare is not None
@@ -303,9 +307,10 @@ def test_another_view_after_the_reveals(stage, outcome):
         async with lied_to(stage, 4, accomplices=["zz-evil"]) as (fleet, c, tap):
             await lies.views_after_reveals(c, VICTIM)
             await tap.until_uploads(4)
+            await tap.caught_up()
             assert len(heard(c, ViewVote)) == len(heard(c, lies.Reveal)) == 4  # one each
             assert never_both_kinds(c, tap, fleet)
-            assert tap.hidden(fleet, c.keys, accomplices=1) == 4
+            assert await tap.hidden(fleet, c.keys, accomplices=1) == 4
             outcome("the second view is dropped; it has the one sum, and no more")
 
     go(scenario())
@@ -352,8 +357,9 @@ def test_another_view_after_a_restart(stage, outcome):
             await c.reveal(dict.fromkeys(left, c.view()))
             assert set(c.reveals) == set(left)
             await tap.until_uploads(4)
+            await tap.caught_up()
             assert never_both_kinds(c, tap, fleet)
-            assert tap.hidden(fleet, c.keys, accomplices=1) == 4
+            assert await tap.hidden(fleet, c.keys, accomplices=1) == 4
             # The next round is joined under new keys.
             await c.next_round(revision=1)
             await c.gather()
@@ -458,8 +464,9 @@ def test_old_rounds_are_played_back(stage, outcome):
             assert await c.answers(dict.fromkeys(fleet.names, stale), Shares) == {}
             assert all_decline(c, "is of another round")
             await tap.until_uploads(4)
+            await tap.caught_up()
             assert len(heard(c, MaskedUpdate)) == 4
-            assert tap.hidden(fleet, c.keys) == 4
+            assert await tap.hidden(fleet, c.keys) == 4
             outcome("ignored, or declined: already contributed to this model; is of another round")
 
     go(scenario())

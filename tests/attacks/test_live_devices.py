@@ -77,7 +77,7 @@ def test_a_device_vanishes(moment, stage, outcome):
             assert (EVIL in fleet.sums[1].survivors) == sent
             assert set(fleet.names) <= set(fleet.sums[1].survivors)
             assert fleet.honest_sum_is_right(1)
-            assert tap.hidden(fleet, rogue.keys, accomplices=1) == 4
+            assert await tap.hidden(fleet, rogue.keys, accomplices=1) == 4
             assert faults(fleet) == {}
             outcome(f"the exact sum of the other 4{' and its own' if sent else ''}")
 
@@ -95,7 +95,7 @@ def test_a_device_equivocates(lie, stage, outcome):
             assert state.rounds_completed == 1, fleet.outcomes[0].reason
             assert set(fleet.names) <= set(fleet.sums[1].survivors)
             assert fleet.honest_sum_is_right(1)
-            assert tap.hidden(fleet, rogue.keys, accomplices=1) == 4
+            assert await tap.hidden(fleet, rogue.keys, accomplices=1) == 4
             assert set(faults(fleet)) == {EVIL}
             outcome(f"the exact sum; named: {EVIL}")
 
@@ -114,7 +114,7 @@ def test_a_device_makes_noise(lie, stage, outcome):
             assert set(fleet.names) <= set(fleet.sums[1].survivors)
             assert EVIL in fleet.sums[1].survivors
             assert fleet.honest_sum_is_right(1)
-            assert tap.hidden(fleet, rogue.keys, accomplices=1) == 4
+            assert await tap.hidden(fleet, rogue.keys, accomplices=1) == 4
             assert faults(fleet) == {}
             assert lie != "flood" or len(tap.messages) > 1000
             outcome(
@@ -136,7 +136,7 @@ def test_a_device_sends_the_rings_edges(lie, stage, outcome):
             assert set(fleet.sums) == {1}, fleet.outcomes[0].reason
             assert fleet.sums[1].survivors == (EVIL, *fleet.names)
             assert fleet.honest_sum_is_right(1)
-            assert tap.hidden(fleet, rogue.keys, accomplices=1) == 4
+            assert await tap.hidden(fleet, rogue.keys, accomplices=1) == 4
             done = "averaged" if state.rounds_completed else fleet.outcomes[0].reason
             outcome(f"exact mod 2^b, and without its part the honest sum; {done}")
 
@@ -153,7 +153,7 @@ def test_a_device_sends_no_packed_update(lie, stage, outcome):
             assert state.rounds_completed == 1, fleet.outcomes[0].reason
             assert fleet.sums[1].survivors == tuple(fleet.names)
             assert fleet.honest_sum_is_right(1)
-            assert tap.hidden(fleet, rogue.keys, accomplices=1) == 4
+            assert await tap.hidden(fleet, rogue.keys, accomplices=1) == 4
             outcome("left out; the exact sum of the other 4")
 
     go(scenario())
@@ -175,7 +175,7 @@ def test_a_member_reveals_wrongly(lie, stage, outcome):
             machine = fleet.coordinator._last_round
             assert machine._aggregator.liars == {EVIL}
             # Even with the coordinator's key beside its own: the share of s it gave away is one of t.
-            assert tap.hidden(fleet, [*rogue.keys, machine._reveal_key], accomplices=1) == 4
+            assert await tap.hidden(fleet, [*rogue.keys, machine._reveal_key], accomplices=1) == 4
             outcome(f"the exact sum; named: {EVIL}")
 
     go(scenario())
@@ -201,7 +201,7 @@ def test_a_device_deals_bad_shares(lie, stage, outcome):
             assert set(faults(fleet)) == {EVIL}
             n = 8 if lie == "other-shares" else 4
             machine = fleet.coordinator._last_round
-            assert tap.hidden(fleet, [*rogue.keys, machine._reveal_key], accomplices=1) == n
+            assert await tap.hidden(fleet, [*rogue.keys, machine._reveal_key], accomplices=1) == n
             outcome(f"abandoned: {first.reason}; then an exact sum without it")
 
     go(scenario())

@@ -56,6 +56,7 @@ def test_masked_updates_are_uniform(value_bits, stage, outcome):
             state = await fleet.play(fleet.run(patient(N_ROUNDS, n=N_DEVICES, encoding=encoding)))
             assert state.rounds_completed == N_ROUNDS
             await tap.until_uploads(N_ROUNDS * N_DEVICES)
+            await tap.caught_up()
             caught.update(fleet=fleet, view=tap.view(), keys=reveal_keys)
             caught["coordinator's"] = tap.view(reveal_keys.values())
 

@@ -17,6 +17,7 @@ def test_an_eavesdropper_unmasks_nobody(stage, outcome):
             state = await fleet.play(fleet.run(patient(1)))
             assert state.rounds_completed == 1
             await tap.until_uploads(4)
+            await tap.caught_up()
             view = tap.view()
             (seen,) = view.rounds.values()
             assert set(seen.payloads) == set(fleet.names)
@@ -24,7 +25,7 @@ def test_an_eavesdropper_unmasks_nobody(stage, outcome):
                 assert view.smallest_sum(seen, name) is None
                 assert unmask_attempt(view, name) is None
                 assert view.n_shares(seen, "b", name) == view.n_shares(seen, "s", name) == 0
-            assert tap.hidden(fleet) == 4
+            assert await tap.hidden(fleet) == 4
             # What the coordinator knows is the sum of all, and of no fewer.
             machine = fleet.coordinator._last_round
             coordinator = tap.view([machine._reveal_key])
@@ -34,7 +35,7 @@ def test_an_eavesdropper_unmasks_nobody(stage, outcome):
                 who, ring = coordinator.smallest_sum(seen, name)
                 assert who == set(fleet.names)
                 assert (ring == total).all()
-            assert tap.hidden(fleet, [machine._reveal_key]) == 4
+            assert await tap.hidden(fleet, [machine._reveal_key]) == 4
 
     go(scenario())
     outcome("all traffic: nothing; with the coordinator's key: the sum of all, nothing less")

@@ -98,7 +98,8 @@ class Realm:
 class HostileCoordinator(Forger):
     """``async with`` connects. heard: device -> all it said. declines: device -> why it left.
 
-    private: speak to each device on topics of its own that pass for everybody's.
+    private: speak to each device on topics of its own that pass for everybody's. whispered: what its
+    accomplices said, which no broker carries.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class HostileCoordinator(Forger):
         self.accomplices = {rogue.name: rogue for rogue in accomplices}
         self.heard: dict[DeviceId, list[Signed[Message]]] = {}
         self.declines: dict[DeviceId, str] = {}
+        self.whispered: list[tuple[str, bytes]] = []
         self.blobs = BlobServer(transport, self.topics)
         self._offered = [realm.bundle.header_bytes, realm.bundle.graphs["train"], realm.model]
         self.manifests: dict[DeviceId, bytes] = {}  # what each was shown
@@ -197,6 +199,7 @@ class HostileCoordinator(Forger):
         if name in self.accomplices:
             self.accomplices[name].said.clear()  # it answers whatever it is asked, twice if need be
             for topic, payload in self.accomplices[name].hear(data):
+                self.whispered.append((topic, payload))
                 self._on_message(Incoming(topic, payload))
             return
         topic = self.topics.inbox(name)

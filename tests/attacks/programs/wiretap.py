@@ -273,6 +273,7 @@ class Wiretap:
         self.transport, self.fleet = transport, fleet
         self.messages: list[tuple[str, bytes]] = []
         self._news = asyncio.Event()
+        self._marks = 0
 
     async def __aenter__(self) -> "Wiretap":
         up = asyncio.Event()
@@ -297,7 +298,18 @@ class Wiretap:
         """What has come so far, with these keys."""
         return View(list(self.messages), list(keys), list(seeds))
 
-    def hidden(
+    async def caught_up(self, timeout_s: float = 60.0) -> None:
+        """Wait until all that the broker had by now has come: it keeps the order, so a mark that is sent
+        now comes after it."""
+        self._marks += 1
+        mark = (f"covey/{self.fleet}/mark", str(self._marks).encode())
+        await self.transport.publish(*mark)
+        async with asyncio.timeout(timeout_s):
+            while mark not in self.messages:
+                self._news.clear()
+                await self._news.wait()
+
+    async def hidden(
         self, fleet: LiveFleet, keys: Iterable[AgreementKey] = (), *, accomplices: int = 0
     ) -> int:
         """Try to unmask every honest device with these keys -> updates that were seen, and stayed hidden.
@@ -305,6 +317,7 @@ class Wiretap:
         As a control the same attempt is made with the devices' secrets handed over; it finds exactly
         what each device had encoded. Sums that are known hold n_min devices, accomplices included.
         """
+        await self.caught_up()
         keys, n_hidden = list(keys), 0
         view, told = self.view(keys), self.view(keys, fleet.secrets)
         for name in fleet.names:
