@@ -177,16 +177,18 @@ async def _serve(config_path: Path) -> None:
     with parts.memory.held():
         service = assemble(parts)
         config = parts.config
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        # With a terminal it means that this was closed, and without one what it means to services.
+        hung_up = stop.set if sys.stderr.isatty() else service.policy_may_have_changed
+        loop.add_signal_handler(signal.SIGHUP, hung_up)
         log.info(
             "%s of fleet %s: broker %s; Ctrl-C stops",
             config.device, config.fleet, parse_broker_url(config.broker.url),
         )  # fmt: skip
         for concern in concerns(parts, time.time()):
             log.warning("%s: %s", config.device, concern)
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop.set)
-        loop.add_signal_handler(signal.SIGHUP, service.policy_may_have_changed)
         await service.run(stop)
         log.info("%s: stopped", config.device)
