@@ -35,6 +35,7 @@ from covey_device.audit import (
 from covey_device.audit_words import stories, told
 from covey_device.config import PolicyConfig, PolicyFile
 from covey_device.policy import Policy
+from covey_device.session import Publish
 from covey_shared import wire
 from covey_shared.errors import LocalProtocolError, StorageError, TrainingError
 from covey_shared.messages import Decline, MaskedUpdate
@@ -546,6 +547,19 @@ def test_refusals_cannot_push_the_log_out(tmp_path: Path, monkeypatch: pytest.Mo
     audit.leaving(decline)
     assert entries(tmp_path)[-1]["more_refused"] == 70
     assert "Before it 70 more were refused" in sentences(tmp_path)[-1]
+
+
+def test_what_belongs_to_no_round_is_told_as_well(tmp_path: Path):
+    lab = Lab(3)
+    play = lab.round().run()
+    audit = Audit(AuditLog(tmp_path))
+    for action in play.actions[lab.names[0]]:
+        if isinstance(action, Publish):
+            audit.leaving(action.message)
+    assert [e["message"] for e in entries(tmp_path)] == [
+        "check-in", "shares", "roster vote", "masked update", "view vote", "reveal",
+    ]  # fmt: skip
+    assert sentences(tmp_path)[1].startswith("sent: message shares, bytes ")
 
 
 def test_the_policy_is_told_when_it_is_another(tmp_path: Path):
