@@ -5,8 +5,9 @@ import os
 import pytest
 
 from brokers import broker, broker_kind, brokers
+from processes import start
 
-__all__ = ["broker", "broker_kind", "brokers"]
+__all__ = ["broker", "broker_kind", "brokers", "start"]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
