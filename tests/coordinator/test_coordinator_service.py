@@ -70,6 +70,23 @@ def test_a_whole_run(tmp_path: Path):
 # -- what networks do ------------------------------------------------------------------------------
 
 
+def test_a_round_is_called_only_once_it_can_be_heard_of(tmp_path: Path):
+    """Its time to gather would be over when the call goes out at last."""
+
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            fleet.transport.cut(hold=True)
+            run = fleet.run(config(rounds=1, deadlines=short(gather_s=0.3)))
+            playing = asyncio.create_task(fleet.play(run))
+            await asyncio.sleep(0.6)
+            assert not fleet.events
+            fleet.transport.held = False
+            state = await playing
+            assert (state.rounds_completed, state.rounds_abandoned) == (1, 0)
+
+    go(scenario())
+
+
 def test_lost_chunks_are_asked_for_again_on_both_sides(tmp_path: Path):
     lost: Counter[tuple[str, str]] = Counter()
 
