@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 JOBS ?= 2
+SEEDS ?= 1000
+FIRST ?= 0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # pip warns about configured locations that do not hold a package; what matters is its exit status.
 QUIET := --quiet --quiet
@@ -42,6 +44,10 @@ test: setup ## all tests but those marked slow
 .PHONY: test-slow
 test-slow: setup ## the tests that take longer
 	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+.PHONY: simulate
+simulate: setup ## both sides under made-up faults, each from a seed (SEEDS=10000, FIRST=0)
+	@cd tests && ../$(BIN)/python -m simulation --seeds $(SEEDS) --first $(FIRST) $(ARGS)
 
 .PHONY: check
 check: setup ## ruff, mypy (strict) and the architecture's laws

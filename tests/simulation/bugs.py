@@ -1,0 +1,261 @@
+"""Bugs to plant, to see that a simulation would find such: each takes one precaution out of the code.
+
+`python -m simulation --bugs` says how many seeds each lived through.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+from covey_coordinator import files, store
+from covey_coordinator import round as coordinator_round
+from covey_coordinator.round import Phase, Round
+from covey_coordinator.run import Run
+from covey_coordinator.service import CoordinatorService
+from covey_coordinator.store import RoundCounter
+from covey_device import keystore
+from covey_device.keystore import MemoryFile
+from covey_device.service import DeviceService
+from covey_device.session import Memory, Publish, Save, Session
+from covey_shared.messages import ViewProposal
+from covey_shared.secagg.aggregator import Aggregator
+from covey_shared.secagg.participant import Participant
+
+Bug = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+def _patched(owner: Any, name: str, ours: Any) -> Bug:
+    return lambda: mock.patch.object(owner, name, ours)
+
+
+# -- devices ---------------------------------------------------------------------------------------
+
+
+def _never_saves() -> Any:
+    return mock.patch.object(MemoryFile, "save", return_value=None)
+
+
+def _sends_first() -> Any:
+    real = Session.ready
+
+    def ready(self: Session, *args: Any) -> Any:
+        return sorted(real(self, *args), key=lambda action: isinstance(action, Save))
+
+    return mock.patch.object(Session, "ready", ready)
+
+
+def _goes_on_without_a_disk() -> Any:
+    """As if what could not be saved were: the rest of the actions is carried out."""
+    real = DeviceService.perform
+
+    async def perform(self: DeviceService, action: Any) -> None:
+        with contextlib.suppress(keystore.StorageError):
+            await real(self, action)
+
+    return mock.patch.object(DeviceService, "perform", perform)
+
+
+def _forgets_the_last_round() -> Any:
+    real = MemoryFile.load
+
+    def load(self: MemoryFile) -> Memory:
+        kept = real(self)
+        return Memory(kept.last_round and kept.last_round - 1, kept.contributed)
+
+    return mock.patch.object(MemoryFile, "load", load)
+
+
+def _forgets_last_round_quietly() -> Any:
+    """Kept, but not asked: a call of a round that an earlier process was in is followed."""
+    real = Session.__init__
+
+    def init(self: Session, *args: Any, **rest: Any) -> None:
+        real(self, *args, **rest)
+        self._memory = Memory(0, self._memory.contributed)
+        self._cut_off = 0
+
+    return mock.patch.object(Session, "__init__", init)
+
+
+def _masks_anew() -> Any:
+    """Asked for its update again, it trains and masks it again."""
+    real = Participant.mask
+
+    def mask(self: Participant, ring: Any) -> Any:
+        kept = self._b, self._s, self._mask_key
+        again = ring.copy()
+        result = real(self, ring)
+        self._b, self._s, self._mask_key = kept
+        self._masked = False
+        self.again = again  # type: ignore[attr-defined]
+        return result
+
+    def want(self: Session, current: Any, message: Any) -> Any:
+        ring = current.participant.again.copy()
+        ring += 1
+        signed, _ = current.participant.mask(ring)
+        return [Publish(signed)]
+
+    @contextlib.contextmanager
+    def planted() -> Iterator[None]:
+        # A slotless class: what it kept beside is dropped with it.
+        with (
+            mock.patch.object(Participant, "mask", mask),
+            mock.patch.object(Session, "_want_upload", want),
+        ):
+            yield
+
+    return planted()
+
+
+def _no_answer_twice() -> Any:
+    """Answers are not kept: what comes again is handled again."""
+    real = Session.receive
+
+    def receive(self: Session, data: bytes) -> Any:
+        if self._round is not None:
+            self._round.answered.clear()
+        return real(self, data)
+
+    return mock.patch.object(Session, "receive", receive)
+
+
+def _no_sync_on_devices() -> Any:
+    real = keystore.write_durably
+
+    def write_durably(path: Any, data: bytes) -> None:
+        with mock.patch.object(os, "fsync", return_value=None):
+            real(path, data)
+
+    return mock.patch.object(keystore, "write_durably", write_durably)
+
+
+# -- the coordinator -------------------------------------------------------------------------------
+
+
+def _no_sync() -> Any:
+    real = files.write_atomic
+
+    def write_atomic(path: Any, data: bytes, **rest: Any) -> None:
+        real(path, data, **{**rest, "durable": False})
+
+    @contextlib.contextmanager
+    def planted() -> Iterator[None]:
+        with (
+            mock.patch.object(files, "write_atomic", write_atomic),
+            mock.patch.object(store, "write_atomic", write_atomic),
+        ):
+            yield
+
+    return planted()
+
+
+def _counts_in_memory() -> Any:
+    """Round numbers begin anew with each process."""
+
+    def next_number(self: RoundCounter) -> int:
+        self.last = getattr(self, "last", 0) + 1  # type: ignore[attr-defined]
+        return int(self.last)  # type: ignore[attr-defined]
+
+    return mock.patch.object(RoundCounter, "next", next_number)
+
+
+def _uploads_unnoted() -> Any:
+    return mock.patch.object(RoundCounter, "uploads_begin", return_value=None)
+
+
+def _never_settles() -> Any:
+    """What a crash left half done stays so."""
+
+    def begin(self: Run) -> None:
+        self.state.status, self.state.message = "running", ""
+        self.directory.save_state(self.state)
+
+    return mock.patch.object(Run, "begin", begin)
+
+
+def _state_first() -> Any:
+    """The state names a model before the model is there."""
+    real = Run.absorb
+
+    def absorb(self: Run, outcome: Any) -> Any:
+        found = real(self, outcome)
+        if len(self._to_save) == 3:
+            self._to_save[0], self._to_save[1] = self._to_save[1], self._to_save[0]
+        return found
+
+    return mock.patch.object(Run, "absorb", absorb)
+
+
+def _forgets_the_dropped() -> Any:
+    """Masks between survivors and those who vanished stay in the sum."""
+    real = Aggregator.finish
+
+    def finish(self: Aggregator) -> Any:
+        self._roster = frozenset(self._added)
+        return real(self)
+
+    return mock.patch.object(Aggregator, "finish", finish)
+
+
+def _second_view() -> Any:
+    """Without enough votes for its view, it asks for another one."""
+    real = Round._repeats
+
+    def repeats(self: Round) -> Any:
+        cohort = self.cohort
+        if self.phase is Phase.VIEW and cohort and len(self.view) > cohort.head.n_min:
+            self.view -= {max(self.view)}
+            u2, u3 = cohort.bitmap(self.roster), cohort.bitmap(self.view)
+            return [coordinator_round.Publish(self._said(ViewProposal(h=cohort.h, u2=u2, u3=u3)))]
+        return real(self)
+
+    return mock.patch.object(Round, "_repeats", repeats)
+
+
+def _gives_up_on_a_full_disk() -> Any:
+    """A round's end that the disk refuses is not tried again."""
+
+    async def stored(self: CoordinatorService, write: Callable[[], Any]) -> Any:
+        return await self._in_thread(write)
+
+    return mock.patch.object(CoordinatorService, "_stored", stored)
+
+
+def _calls_while_offline() -> Any:
+    """A round's time to gather runs while there is nobody to be heard by."""
+    real = CoordinatorService.run_round
+
+    async def run_round(self: CoordinatorService, *args: Any) -> Any:
+        connected, self.connected = self.connected, asyncio.Event()
+        self.connected.set()
+        try:
+            return await real(self, *args)
+        finally:
+            self.connected = connected
+
+    return mock.patch.object(CoordinatorService, "run_round", run_round)
+
+
+BUGS: dict[str, Bug] = {
+    "a device never saves": _never_saves,
+    "a device checks in before it saves": _sends_first,
+    "a device acts on what it could not save": _goes_on_without_a_disk,
+    "a device loads an older memory": _forgets_the_last_round,
+    "a device follows a round it was in": _forgets_last_round_quietly,
+    "a device masks again when asked again": _masks_anew,
+    "a device does not know what it answered": _no_answer_twice,
+    "a device does not sync": _no_sync_on_devices,
+    "the coordinator does not sync": _no_sync,
+    "the coordinator counts rounds in memory": _counts_in_memory,
+    "the coordinator does not note that uploads begin": _uploads_unnoted,
+    "the coordinator does not settle its files": _never_settles,
+    "the coordinator names a model before it is there": _state_first,
+    "the coordinator proposes a second view": _second_view,
+    "the coordinator leaves masks of the dropped": _forgets_the_dropped,
+    "the coordinator gives up on a full disk": _gives_up_on_a_full_disk,
+    "the coordinator calls while it is offline": _calls_while_offline,
+}

@@ -1,0 +1,309 @@
+"""What must hold at every moment, whatever fails; checked as things happen.
+
+A `Watch` is told of each message as it leaves its sender, of everything that devices save and load, of
+every sum, and of every round's outcome. It never raises, since the services would catch that: it notes
+what is broken, and the simulation looks after each step.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from covey_coordinator.averaging import FedAvg
+from covey_coordinator.round import Completed
+from covey_coordinator.run import RoundOutcome
+from covey_coordinator.store import RunDirectory
+from covey_device.session import Memory
+from covey_shared import chunks, wire
+from covey_shared.errors import CoveyError, StorageError, TrainingError
+from covey_shared.fixedpoint import pack, to_signed
+from covey_shared.messages import (
+    CheckIn,
+    Decline,
+    DeviceId,
+    Head,
+    Manifest,
+    MaskedUpdate,
+    Result,
+    Reveal,
+    Roster,
+    RosterVote,
+    RoundAbandoned,
+    RoundCall,
+    Shares,
+    View,
+    ViewProposal,
+    ViewVote,
+)
+from covey_shared.secagg.bitmap import from_bitmap
+from covey_shared.secagg.cohort import manifest_digest
+from covey_shared.topics import Topics
+
+EXCUSES = (
+    "this device restarted; its keys of the round are gone",
+    StorageError.public,
+    TrainingError("").public,
+    "blob ",  # does not come
+)
+"""Why an honest device may leave a round that an honest coordinator called."""
+
+
+class Watch:
+    """Everything that was ever said, as far as it is needed to know what may not be said any more.
+
+    broken: what does not hold; empty as long as all does.
+    """
+
+    def __init__(self, fleet: str, initial: np.ndarray, run: RunDirectory) -> None:
+        self.broken: list[str] = []
+        self._topics = Topics(fleet)
+        self._run = run
+        self._once: dict[tuple[Any, ...], Any] = {}
+        self._heads: dict[bytes, Head] = {}
+        self.calls: dict[int, RoundCall] = {}
+        self._uploads: set[tuple[bytes, int]] = (
+            set()
+        )  # (model, revision) that a roster went out for
+        self._announced: dict[DeviceId, set[bytes]] = {}
+        self._frames: dict[tuple[DeviceId, bytes, int], bytes] = {}
+        self._kinds: dict[tuple[bytes, int], bool] = {}
+        self.saved: dict[DeviceId, Memory] = {}
+        self.plain: dict[tuple[DeviceId, int], np.ndarray] = {}
+        self.sums: dict[int, Completed] = {}
+        self.results: set[int] = set()
+        self.abandoned: set[int] = set()
+        self._outcomes: dict[int, tuple[int, bool]] = {}  # index -> round, completed
+        self._parameters = initial
+        self._lines = 0
+        self.on_call: Callable[[RoundCall], None] = lambda call: None
+
+    def expect(self, true: bool, otherwise: str) -> None:
+        """Note `otherwise` unless it is true."""
+        if not true:
+            self.broken.append(otherwise)
+
+    def _only(self, value: Any, otherwise: str, *key: Any) -> bool:
+        """There is one value to a key. True if it is the first time."""
+        first = (otherwise, *key) not in self._once
+        before = self._once.setdefault((otherwise, *key), value)
+        self.expect(before == value, f"{otherwise}: {', '.join(map(_plain, key))}")
+        return first
+
+    # -- messages ---------------------------------------------------------------------------------
+
+    def said(self, sender: str, topic: str, payload: bytes) -> None:
+        """A message leaves its sender."""
+        if not payload or "/presence/" in topic or "/blob/" in topic:
+            return
+        device = DeviceId(sender)
+        if topic == self._topics.upload(sender):
+            self._frame(device, payload)
+            return
+        message = wire.decode(payload).message
+        head = self._heads.get(getattr(message, "h", b""))
+        match message:
+            case RoundCall():
+                self._call(message, payload)
+            case CheckIn():
+                self._only(payload, "checks in twice to one round", device, message.round)
+                saved = self.saved.get(device)
+                self.expect(
+                    saved is not None and saved.last_round >= message.round,
+                    f"{device} checks in to round {message.round} before that is saved",
+                )
+            case Manifest(head):
+                self._only(payload, "two manifests for one round", head.round)
+                self._heads[manifest_digest(head)] = head
+            case Shares() if head:
+                self._only(payload, "shares twice in one round", device, head.round)
+            case RosterVote() if head:
+                vote = (message.h, message.u2, message.readable)
+                self._only(vote, "signs two rosters in one round", device, head.round)
+            case Roster() if head:
+                self._only(message.u2, "two rosters for one round", head.round)
+                self._uploads.add((head.model, head.revision))
+            case MaskedUpdate() if head:
+                self._update(device, head, message, payload)
+            case ViewProposal() if head:
+                self._only(message.u3, "two view proposals for one round", head.round)
+            case ViewVote() if head:
+                vote = (message.h, message.u2, message.u3)
+                self._only(vote, "signs two views in one round", device, head.round)
+            case View() if head:
+                self._only(message.u3, "two views for one round", head.round)
+            case Reveal() if head:
+                self._reveal(device, head, message, payload)
+            case Result():
+                self._result(message, payload)
+            case RoundAbandoned():
+                self.abandoned.add(message.round)
+                self.expect(
+                    message.round not in self.sums,
+                    f"round {message.round} has a sum and is abandoned",
+                )
+            case Decline():
+                # Everybody here is honest: nobody is asked again for what it gave, nobody is shown two
+                # of anything, and no other refusal of the protocol has a cause.
+                self.expect(
+                    message.reason.startswith(EXCUSES),
+                    f"{device} leaves round {message.round}: {message.reason}",
+                )
+
+    def _call(self, call: RoundCall, payload: bytes) -> None:
+        if not self._only(payload, "two calls of one round", call.round):
+            return
+        self.expect(
+            call.round > max(self.calls, default=0),
+            f"round {call.round} is called after round {max(self.calls, default=0)}",
+        )
+        self.calls[call.round] = call
+        self.expect(
+            (call.model, call.revision) not in self._uploads,
+            f"round {call.round} calls a revision whose uploads have begun before",
+        )
+        self.settled()
+        ours = hashlib.sha256(self._parameters.astype("<f4").tobytes()).digest()
+        self.expect(
+            call.model == ours,
+            f"round {call.round} calls a model that the completed rounds do not lead to",
+        )
+        self.on_call(call)
+
+    def _update(self, device: DeviceId, head: Head, update: MaskedUpdate, payload: bytes) -> None:
+        self._only(payload, "masks twice in one round", device, head.round)
+        contribution = (device, head.model, head.revision)
+        self._only(payload, "contributes twice to one revision of a model", *contribution)
+        self._announced.setdefault(device, set()).add(update.payload)
+        saved = self.saved.get(device)
+        self.expect(
+            saved is not None and saved.contributed.get(head.model.hex(), -1) >= head.revision,
+            f"{device} contributes to round {head.round} before that is saved",
+        )
+
+    def _frame(self, device: DeviceId, frame: bytes) -> None:
+        chunk = chunks.decode_frame(frame)
+        self.expect(
+            chunk.digest in self._announced.get(device, ()) or not self._announced.get(device),
+            f"{device} uploads what it never announced",
+        )
+        before = self._frames.setdefault((device, chunk.digest, chunk.index), chunk.data)
+        self.expect(before == chunk.data, f"{device} sends other bytes of one update")
+
+    def _reveal(self, device: DeviceId, head: Head, reveal: Reveal, payload: bytes) -> None:
+        self._only(payload, "reveals twice in one round", device, head.round)
+        survivors = from_bitmap(reveal.u3, head.n)
+        for target in from_bitmap(reveal.present, head.n):
+            of_b = target in survivors
+            self.expect(
+                self._kinds.setdefault((reveal.h, target), of_b) == of_b,
+                f"both kinds of shares of one device are revealed in round {head.round}",
+            )
+
+    def _result(self, result: Result, payload: bytes) -> None:
+        self._only(payload, "two results of one round", result.round)
+        self.results.add(result.round)
+        self.expect(
+            result.round not in self.abandoned, f"round {result.round} is abandoned and completes"
+        )
+        completed = self.sums.get(result.round)
+        if completed is None:
+            self.broken.append(f"round {result.round} has a result without a sum")
+            return
+        packed = pack(completed.ring_sum, completed.encoding.bits)
+        self.expect(
+            result.ring_sum == hashlib.sha256(packed).digest(),
+            f"round {result.round} has the result of another sum",
+        )
+
+    # -- devices ----------------------------------------------------------------------------------
+
+    def save(self, device: DeviceId, memory: Memory) -> None:
+        """A device was told that this is durable."""
+        self._covers(device, memory, "saves less than it saved before")
+        self.saved[device] = memory
+
+    def load(self, device: DeviceId, memory: Memory) -> None:
+        """A new process of a device begins with this."""
+        self._covers(device, memory, "lost what it saved")
+
+    def _covers(self, device: DeviceId, memory: Memory, otherwise: str) -> None:
+        before = self.saved.get(device, Memory())
+        later = memory.last_round >= before.last_round and all(
+            memory.contributed.get(model, -1) >= revision
+            for model, revision in before.contributed.items()
+        )
+        self.expect(later, f"{device} {otherwise}: {before} before, {memory} now")
+
+    def encoded(self, device: DeviceId, round_id: int, ring: np.ndarray) -> None:
+        """A device's update as it is before it is masked."""
+        self._only(ring.tobytes(), "encodes two updates in one round", device, round_id)
+        self.plain[device, round_id] = ring
+
+    # -- the coordinator --------------------------------------------------------------------------
+
+    def sum(self, round_id: int, completed: Completed) -> None:
+        """The coordinator has arrived at a sum."""
+        self.expect(round_id not in self.sums, f"round {round_id} has two sums")
+        self.expect(round_id not in self.abandoned, f"round {round_id} is abandoned and has a sum")
+        self.sums[round_id] = completed
+        bits, survivors = completed.encoding.bits, completed.survivors
+        n_min = self.calls[round_id].n_min
+        self.expect(len(survivors) >= n_min, f"round {round_id} sums {len(survivors)} devices")
+        plain = [self.plain.get((name, round_id)) for name in survivors]
+        if any(ring is None for ring in plain):
+            self.broken.append(f"round {round_id} sums a device that made no update")
+            return
+        total = np.zeros_like(completed.ring_sum)
+        for ring in plain:
+            total += ring
+        exact = to_signed(total, bits) == to_signed(completed.ring_sum, bits)
+        self.expect(bool(exact.all()), f"round {round_id} has a wrong sum")
+
+    def outcome(self, outcome: RoundOutcome, faults: dict[DeviceId, int]) -> None:
+        """A round is over, and what it came to on the disk. faults: what honest devices are said to
+        have done."""
+        before = self._outcomes.setdefault(
+            outcome.index, (outcome.round_id, outcome.completed is not None)
+        )
+        self.expect(
+            before == (outcome.round_id, outcome.completed is not None),
+            f"round {outcome.round_id} is the second of index {outcome.index}",
+        )
+        self.expect(not faults, f"honest devices are blamed: {sorted(faults)}")
+
+    def settled(self) -> None:
+        """The coordinator's files tell of every round once, in order, and of the model it led to."""
+        try:
+            state, lines = self._run.state(), self._run.read_metrics()
+        except CoveyError as error:
+            self.broken.append(f"the run cannot be read: {error}")
+            return
+        indices = [line["index"] for line in lines]
+        self.expect(
+            indices == list(range(1, state.rounds_done + 1)),
+            f"the metrics have rounds {indices}, the state {state.rounds_done}",
+        )
+        for index, (round_id, completed) in self._outcomes.items():
+            line = lines[index - 1] if index <= len(lines) else {}
+            self.expect(
+                (line.get("round"), line.get("outcome") == "completed") == (round_id, completed),
+                f"round {round_id} is lost from the metrics",
+            )
+        for line in lines[self._lines :]:
+            completed = self.sums.get(line["round"])
+            if line["outcome"] != "completed":
+                self.expect(completed is None, f"round {line['round']} lost its sum")
+            elif completed is None:
+                self.broken.append(f"round {line['round']} completed without a sum")
+            else:
+                total = completed.encoding.decode_sum(completed.ring_sum)
+                self._parameters = FedAvg().step(self._parameters, total)
+        self._lines = len(lines)
+        known = {line["round"] for line in lines if line["outcome"] == "completed"}
+        self.expect(self.results <= known, f"completed rounds are lost: {self.results - known}")
+
+
+def _plain(value: Any) -> str:
+    return value.hex()[:8] if isinstance(value, bytes) else str(value)
