@@ -684,3 +684,8 @@ def test_an_abandoned_round_keeps_no_masked_update_and_no_key():
     assert kinds == {Kind.ABOUT, Kind.MESSAGE, Kind.ENDING}
     assert io.BytesIO(story.data()).read(19) == b"covey transcript 1\n"
     assert story.about.run == RUN
+
+
+@pytest.mark.parametrize(("kind", "check"), [(Roster, "roster"), (View, "view")])
+def test_a_quorum_under_the_name_of_another_round(kind: type[Message], check: str):
+    assert check in failed(checked(STORY.saying(kind, h=bytes(32))))
