@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import covey_device.audit
@@ -78,6 +78,7 @@ def test_lines_are_chained_and_their_owner_s_alone(tmp_path: Path):
 LINES = 6
 
 
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_change_shows(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
     """One byte changed, one line taken out, put in twice or swapped with another."""
@@ -149,6 +150,7 @@ def test_facts_are_what_they_were(tmp_path: Path):
 # -- power cuts ------------------------------------------------------------------------------------
 
 
+@settings(max_examples=40)
 @given(data=st.data())
 def test_a_torn_last_line_is_dropped_and_told(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
