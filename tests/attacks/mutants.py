@@ -35,12 +35,14 @@ ROOT = Path(__file__).resolve().parents[2]
 SECAGG = "shared/covey_shared/secagg"
 ROUND = "coordinator/covey_coordinator/round.py"
 SESSION = "device/covey_device/session.py"
+POLICY = "device/covey_device/policy.py"
 TARGETS = [
     *(f"shared/covey_shared/{name}.py" for name in ("wire", "keys", "sharing", "masking")),
     *(f"{SECAGG}/{name}.py" for name in ("rules", "cohort", "bitmap", "parameters")),
     *(f"{SECAGG}/{name}.py" for name in ("participant", "committee", "aggregator")),
     ROUND,
     SESSION,
+    POLICY,
 ]
 # The quick ones first: most mutants do not live to see the last.
 TESTS = [
@@ -53,6 +55,8 @@ TESTS = [
     "tests/shared/test_secagg_aggregator.py",
     "tests/device/test_session.py",
     "tests/coordinator/test_round.py",
+    "tests/attacks/test_attack_policy.py",
+    "tests/device/test_policy.py",
     "tests/attacks/test_attack_votes.py",
     "tests/attacks/test_attack_manifest.py",
     "tests/attacks/test_attack_boxes.py",
@@ -76,6 +80,7 @@ FIRST = {
     "committee": "test_attack_votes",
     "round": "test_round",
     "session": "test_session",
+    "policy": "test_policy",
 }
 CHECKS = ("check", "_check_", "check_", "_refuse_", "verified_", "forget")
 SHIFTED = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}
