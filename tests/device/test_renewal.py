@@ -396,6 +396,7 @@ def test_a_device_without_a_certificate_waits_and_then_joins_rounds(tmp_path: Pa
                 fleet="farm", device=DeviceId("pi-1"), identity=parts.identity.public, days=90
             )
             lab.fleet.book.install("pi-1", certify(ca, request, lab.now()).envelope)
+            lab.fleet.want_renewal("pi-1", lab.now() + 2)  # an operator in a hurry
             await told._act()
             assert service._session.certificate == load_device(config).certificate != b""
             assert told._schedule.next_s - time.monotonic() > DAY_S / 2

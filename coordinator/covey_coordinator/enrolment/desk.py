@@ -18,7 +18,6 @@ from covey_coordinator.devices import (
     Refusal,
     Revoked,
     revoked_identities,
-    revoked_serials,
 )
 from covey_coordinator.fleet import FleetDirectory
 from covey_coordinator.fleet_ca import certify, fingerprint
@@ -217,7 +216,7 @@ class EnrolmentDesk:
         if old is not None and (old.grants or old.key != identity):
             replaced = "" if old.key == identity else old.identity
             book.revoke(Revoked(device=device, identity=replaced, unix=now_unix, grants=old.grants))
-            self._write_revocations(now_unix)
+            self._fleet.write_revocations(now_unix)
         self._say(f"device {device} joined with the identity {fingerprint(identity)}")
         return DeviceRecord(
             device=device,
@@ -318,7 +317,8 @@ class EnrolmentDesk:
                 self._say(
                     f"device {record.device} waits for the fleet CA: covey ca requests -o FILE"
                 )
-            return b""
+            # What it has signed serves meanwhile: a device may not have it yet.
+            return envelope if envelope and self._holds(record, envelope, now_unix) else b""
         request = IdentityRequest(
             fleet=self._config.fleet,
             device=record.device,
@@ -332,12 +332,9 @@ class EnrolmentDesk:
         return made
 
     def _due(self, record: DeviceRecord, envelope: bytes, now_unix: int) -> bool:
-        try:
-            certificate = wire.opened(
-                Certificate, envelope, self._fleet.trust.ca, signer="the fleet CA"
-            ).message
-        except RemoteProtocolError:
-            return True  # damaged on our disk
+        certificate = self._opened(envelope)
+        if certificate is None:
+            return True
         life = certificate.not_after_unix - certificate.issued_unix
         return (
             certificate.identity != record.key
@@ -346,15 +343,29 @@ class EnrolmentDesk:
             or now_unix >= certificate.issued_unix + life * 2 / 3
         )
 
+    def _holds(self, record: DeviceRecord, envelope: bytes, now_unix: int) -> bool:
+        """Whether it is this identity's, and has not ended."""
+        certificate = self._opened(envelope)
+        return (
+            certificate is not None
+            and (certificate.device, certificate.identity) == (record.device, record.key)
+            and certificate.not_after_unix > now_unix
+        )
+
+    def _opened(self, envelope: bytes) -> Certificate | None:
+        """None for what is damaged on our disk."""
+        try:
+            return wire.opened(
+                Certificate, envelope, self._fleet.trust.ca, signer="the fleet CA"
+            ).message
+        except RemoteProtocolError:
+            return None
+
     # -- small things -------------------------------------------------------------------------------
 
     def _check_fleet(self, fleet: str) -> None:
         if fleet != self._config.fleet:
             raise RefusedError(f"this is fleet {self._config.fleet}, not {fleet}")
-
-    def _write_revocations(self, now_unix: int) -> None:
-        serials = revoked_serials(self._fleet.book.revoked(), now_unix)
-        self._fleet.tls.write_revocations(serials, now_unix)
 
     def _note_refusal(self, device: str, peer: Peer, reason: str, now_unix: int) -> None:
         record = self._fleet.book.record(device)
