@@ -62,15 +62,36 @@ def train_model(*extra, constants=(), at=0):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
+def infer_model():
+    """Predictions; what a coordinator exports at the end."""
+    weight = TensorProto(
+        name="slot.w", data_type=FLOAT, dims=[3, 1], data_location=TensorProto.EXTERNAL
+    )
+    for key, value in (("offset", "0"), ("length", "12"), ("location", "parameters.bin")):
+        weight.external_data.add(key=key, value=value)
+    graph = helper.make_graph(
+        [node("MatMul", ["features", "slot.w"], ["predictions"])],
+        "g",
+        [info("features", FLOAT, ["batch", 3])],
+        [info("predictions", FLOAT, ["batch", 1])],
+        [weight],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
 def bytes_of(proto):
     return proto.SerializeToString(deterministic=True)
+
+
+def ref(data):
+    return GraphRef(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
 
 
 def bundle_of(train, name="regression"):
     """A plan of this training graph, as a coordinator has it. train: bytes, or a model."""
     data = train if isinstance(train, bytes) else bytes_of(train)
-    ref = GraphRef(sha256=hashlib.sha256(data).hexdigest(), size=len(data))
-    other = GraphRef(sha256="0" * 64, size=1)
+    infer = bytes_of(infer_model())
+    none = GraphRef(sha256="0" * 64, size=1)
     header = PlanHeader(
         format=1,
         name=name,
@@ -83,12 +104,12 @@ def bundle_of(train, name="regression"):
         layout=layout_of({"w": ((3, 1), "parameter")}),
         state=(),
         metrics=("loss_sum", "examples"),
-        train=ref,
-        eval=other,
-        infer=other,
+        train=ref(data),
+        eval=none,
+        infer=ref(infer),
         versions={},
     )
-    graphs = {"train": data, "eval": b"", "infer": b""}
+    graphs = {"train": data, "eval": b"", "infer": infer}
     return PlanBundle(header, encode_header(header), graphs, np.zeros(3, np.float32))
 
 
