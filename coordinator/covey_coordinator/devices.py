@@ -95,9 +95,8 @@ class DeviceBook:
     # -- changing -----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def changing(self) -> Iterator[None]:
-        """Nobody else changes anything meanwhile, in this process or another; a running coordinator
-        notices afterwards. Raises StorageError."""
+    def held(self) -> Iterator[None]:
+        """Nobody else changes anything meanwhile, in this process or another. Raises StorageError."""
         path = self._fleet / ".changing"
         try:
             lock = path.open("w")
@@ -105,6 +104,12 @@ class DeviceBook:
             raise storage_error("write", path, error) from error
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """`held`, and a running coordinator notices afterwards. Raises StorageError."""
+        with self.held():
             try:
                 yield
             finally:  # a part may have been changed before it went wrong
@@ -115,12 +120,17 @@ class DeviceBook:
         return self._fleet / ".changed"
 
     def generation(self) -> object:
-        """Differs from an earlier one if something was changed since."""
-        try:
-            status = self._stamp.stat()
-        except OSError:
-            return None
-        return status.st_ino, status.st_mtime_ns
+        """Differs from an earlier one if something was changed since. Revocations count also if
+        whoever wrote them was killed before anything else."""
+        found: list[tuple[int, int] | None] = []
+        for path in (self._stamp, self._fleet / "revoked.json"):
+            try:
+                status = path.stat()
+            except OSError:
+                found.append(None)
+            else:
+                found.append((status.st_ino, status.st_mtime_ns))
+        return found
 
     # -- devices ------------------------------------------------------------------------------------
 

@@ -280,9 +280,12 @@ class FleetDirectory:
                 )
             self.tokens.withdraw(name)
             if networked:
-                serials = revoked_serials(self.book.revoked(), now_unix)
-                self.tls.write_revocations(serials, now_unix)
+                self.write_revocations(now_unix)
         return news
+
+    def write_revocations(self, now_unix: int) -> None:
+        """Make the list that TLS libraries read from `revoked.json`. Raises ConfigError, StorageError."""
+        self.tls.write_revocations(revoked_serials(self.book.revoked(), now_unix), now_unix)
 
     def want_renewal(self, name: str, now_unix: int) -> None:
         """Have a device asked for a renewal. Raises ConfigError, StorageError."""
@@ -427,13 +430,14 @@ class FleetDirectory:
     def refresh_tls(self, config: FleetConfig, now_unix: int) -> list[str]:
         """Bring `tls/` up to date -> what was done, for the operator. Raises ConfigError, StorageError.
 
-        The list of revoked certificates is written even if nothing changed: it is made from
-        `revoked.json`, and the power may have gone between the two.
+        The list of revoked certificates, too: it is made from `revoked.json`, and the power may have
+        gone between the two.
         """
         done = self.tls.refresh(
             hosts_of(config.addresses), days=config.enrol.days, now_unix=now_unix
         )
-        self.tls.write_revocations(revoked_serials(self.book.revoked(), now_unix), now_unix)
+        with self.book.held():
+            self.write_revocations(now_unix)
         return done
 
     def revoked_names(self) -> tuple[str, ...]:

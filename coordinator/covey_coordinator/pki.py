@@ -213,6 +213,16 @@ def revocation_list(authority: Authority, revoked: Collection[int], now_unix: in
     return builder.sign(authority.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
+def listed(authority: Authority, pem: bytes) -> frozenset[int] | None:
+    """The serial numbers in a revocation list; None if it is not this authority's, or damaged."""
+    try:
+        found = x509.load_pem_x509_crl(pem)
+        ours = found.is_signature_valid(authority.key.public_key())
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return None
+    return frozenset(entry.serial_number for entry in found) if ours else None
+
+
 def read_leaf(certificate: bytes | x509.Certificate) -> Leaf:
     """What a certificate of this authority's says. certificate: DER. Raises MalformedError."""
     if isinstance(certificate, bytes):

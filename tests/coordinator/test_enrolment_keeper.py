@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from covey_coordinator import daemon
+from covey_coordinator import daemon, pki
 from covey_coordinator.broker import running
 from covey_coordinator.config import load_fleet
 from covey_coordinator.daemon import Daemon
+from covey_coordinator.devices import Revoked
 from covey_coordinator.enrolment import enrolment_of, keeper
 from covey_coordinator.fleet import FleetDirectory
 from covey_coordinator.service import CoordinatorService
@@ -105,6 +106,32 @@ def test_who_joins_and_who_is_revoked_is_noticed(up: Up):
                 assert registry.admit(DeviceId(name), pi.public, 1) == "its identity was revoked"
 
     asyncio.run(scenario())
+
+
+def test_a_revocation_that_was_cut_short_is_finished(up: Up):
+    """The command was killed between its list and the one that TLS libraries read."""
+
+    async def scenario() -> None:
+        async with up.running():
+            await up.joined("pi-1", pi := Applicant(1))
+            await up.until(lambda: up.service.registry.identities)
+            up.fleet.book.revoke(_revocation(up))  # and nothing else
+            await up.until(lambda: up.service.registry.revoked == {pi.public})
+            authority, path = up.fleet.tls.authority, up.fleet.tls.path / "crl.pem"
+            await up.until(lambda: pki.listed(authority, path.read_bytes()) == {pi.peer().serial})
+            written = path.stat().st_mtime_ns
+            with up.fleet.book.changing():
+                pass
+            await asyncio.sleep(0.2)
+            assert path.stat().st_mtime_ns == written  # it says so already
+
+    asyncio.run(scenario())
+
+
+def _revocation(up: Up) -> Revoked:
+    record = up.fleet.book.record("pi-1")
+    assert record is not None
+    return Revoked(device=PI, identity=record.identity, unix=1, grants=record.grants)
 
 
 def test_a_renewal_is_asked_for_until_it_is_done(up: Up, monkeypatch: pytest.MonkeyPatch):

@@ -160,6 +160,14 @@ def test_the_revocation_list_is_obeyed(tmp_path: Path, authority: Authority):
             shake(server, client)
 
 
+def test_a_list_is_read_by_its_own_authority(authority: Authority):
+    pem = pki.revocation_list(authority, [5, 2**150], NOW)
+    assert pki.listed(authority, pem) == {5, 2**150}
+    assert pki.listed(authority, pki.revocation_list(authority, [], NOW)) == frozenset()
+    assert pki.listed(pki.make_authority("farm", NOW), pem) is None
+    assert pki.listed(authority, pem[:100]) is None
+
+
 def test_openssl_finds_nothing_to_object_to(tmp_path: Path, authority: Authority):
     """Strictly, with the purposes, and with the revocation list, thirty years less a month from now."""
     (tmp_path / "ca.pem").write_bytes(authority.pem)

@@ -94,6 +94,10 @@ class _Keeper:
     def _take_up(self) -> None:
         registry = self._service.registry
         registry.revoked = self._fleet.revoked_identities()  # whatever else may be damaged
+        if self._config.networked:
+            # Who revoked may have been killed before it came to this.
+            with self._fleet.book.held():
+                self._fleet.write_revocations(int(time.time()))
         entries = self._fleet.devices()
         registry.identities = {entry.name: entry.identity for entry in entries}
         issued = {entry.name: entry.issued_unix for entry in entries if not entry.revoked_unix}
