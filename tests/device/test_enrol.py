@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from covey_coordinator import pki
 from covey_coordinator.config import load_fleet
 from covey_coordinator.fleet_ca import certify, fingerprint
 from covey_device import enrol
@@ -31,7 +32,13 @@ from covey_device.enrol import join
 from covey_device.renewal import renew
 from covey_shared import wire
 from covey_shared.enrolment import IdentityRequest, Token, WhoIsThere
-from covey_shared.errors import ConfigError, CoveyError, StorageError, TransportError
+from covey_shared.errors import (
+    ConfigError,
+    CoveyError,
+    RefusedError,
+    StorageError,
+    TransportError,
+)
 from covey_shared.keys import SigningKey
 from enrolment_lab import HOST, Impostor, Lab, relayed, server_context
 
@@ -444,3 +451,29 @@ VALUES = st.one_of(
 )
 def test_what_is_written_as_toml_is_read_as_it_was(table: dict[str, Any]):
     assert tomllib.loads(enrol.toml(table)) == table
+
+
+@given(st.data())
+def test_a_tls_certificate_with_any_byte_changed_is_refused(lab: Lab, data: st.DataObject):
+    key, authority = made_once(lab)
+    der, now = authority[1], time.time()
+    at = data.draw(st.integers(0, len(der) - 1))
+    wrong = bytearray(der)
+    wrong[at] ^= data.draw(st.integers(1, 255))
+    cut = data.draw(st.one_of(st.just(len(der)), st.integers(0, len(der))))
+    what = {"device": "pi-1", "public": key.public, "now_unix": now}
+    with pytest.raises(RefusedError):
+        enrol.check_tls_certificate(bytes(wrong[:cut]), authority[0], **what)
+    enrol.check_tls_certificate(der, authority[0], **what)  # the control
+
+
+_MADE: list[tuple[enrol.TlsKey, tuple[bytes, bytes]]] = []
+
+
+def made_once(lab: Lab) -> tuple[enrol.TlsKey, tuple[bytes, bytes]]:
+    """A TLS key; its authority and its certificate, DER."""
+    if not _MADE:
+        key, authority = enrol.make_tls_key(), lab.fleet.tls.authority
+        der = pki.client_certificate(authority, key.csr, "pi-1", days=9, now_unix=int(time.time()))
+        _MADE.append((key, (authority.der, der)))
+    return _MADE[0]

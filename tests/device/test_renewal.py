@@ -8,6 +8,8 @@ import os
 import random
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -444,3 +446,23 @@ def test_a_renewal_is_only_for_whom_it_names_and_by_the_coordinator():
 
 def test_in_words():
     assert tls.in_words(0) == "1970-01-01 00:00 UTC"
+
+
+def test_the_service_of_an_enrolled_device_holds_no_x509_library(device: Path):
+    code = (
+        "import asyncio, sys; from pathlib import Path\n"
+        "from covey_device.assembly import assemble, load_device, concerns\n"
+        "async def main():\n"
+        "    parts = load_device(Path(sys.argv[1]))\n"
+        "    service = assemble(parts)\n"
+        "    assert service.renewal is not None and parts.tls is not None\n"
+        "    assert concerns(parts, 0.0) == []\n"
+        "    report = await service.renewal._child(True)\n"
+        "    assert report.renewed == ('TLS certificate',), report\n"
+        "    await service.renewal._renewed()\n"
+        "asyncio.run(main())\n"
+        "assert 'cryptography' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", code, str(device)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
