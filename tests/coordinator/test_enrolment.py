@@ -3,6 +3,7 @@
 import errno
 import logging
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from covey_coordinator import files, pki
 from covey_coordinator.enrolment import EnrolmentDesk, Peer
 from covey_coordinator.enrolment import desk as desk_module
 from covey_coordinator.fleet import FleetDirectory
+from covey_coordinator.tokens import TokenBook, TokenRecord
 from covey_shared import wire
 from covey_shared.config import Config
 from covey_shared.enrolment import Enrolled, EnrolRefused, FleetTrust, Token, fingerprint
@@ -165,12 +167,21 @@ def test_wrong_addresses_are_not_remembered_without_end(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_of_two_at_once_exactly_one_wins(bench: Bench, again: bool):
-    """Desks of their own, as two processes would have them."""
+def test_of_two_at_once_exactly_one_wins(
+    bench: Bench, again: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Desks of their own, as two processes would have them, on a disk that takes its time."""
     if again:
         bench.enrol("pi-1", Applicant(99))
     token = bench.token("pi-1", again=again)
     applicants = [Applicant(n) for n in range(1, 9)]
+    real = TokenBook.save
+
+    def save(book: TokenBook, hash_: str, record: TokenRecord) -> None:
+        time.sleep(0.1)
+        real(book, hash_, record)
+
+    monkeypatch.setattr(TokenBook, "save", save)
     answers: dict[int, object] = {}
     start = threading.Barrier(len(applicants))
 
