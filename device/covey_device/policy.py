@@ -123,5 +123,6 @@ class Day:
 
     def worth_saving(self, saved: "Day") -> bool:
         """Whether a device that waits must keep this, lest it wait again after a restart."""
-        back = saved.seen_unix is not None and (self.seen_unix or 0) < saved.seen_unix
+        seen = 0 if self.seen_unix is None else self.seen_unix
+        back = saved.seen_unix is not None and seen < saved.seen_unix
         return back or self.own_s - saved.own_s >= SAVE_CLOCK_S

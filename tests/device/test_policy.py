@@ -214,6 +214,15 @@ def test_a_device_that_restarts_without_a_clock_gets_its_day_back():
     pytest.fail("it never joined again")
 
 
+def test_a_clock_that_went_back_is_kept_at_once():
+    """Or a device that restarts every hour would see it go back each time, and wait for ever."""
+    saved = Day().join(1_800_000_000)
+    assert saved.at(1000).worth_saving(saved)
+    assert saved.at(1_799_999_999).worth_saving(saved)
+    assert not saved.at(1_800_000_000).worth_saving(saved)
+    assert not Day().at(5).worth_saving(Day())
+
+
 @given(steps=STEPS)
 def test_waiting_is_saved_at_most_once_an_hour(steps: list[int]):
     now, saved = 1000, Day(0, 1000)
