@@ -17,6 +17,7 @@ from covey_coordinator.run import Run
 from covey_coordinator.service import CoordinatorService
 from covey_coordinator.store import RoundCounter
 from covey_device import keystore
+from covey_device.audit import AuditLog
 from covey_device.keystore import MemoryFile
 from covey_device.service import DeviceService
 from covey_device.session import Memory, Publish, Save, Session
@@ -131,6 +132,15 @@ def _no_sync_on_devices() -> Any:
             real(path, data)
 
     return mock.patch.object(keystore, "write_durably", write_durably)
+
+
+def _record_unsynced() -> Any:
+    real = AuditLog.append
+
+    def append(self: AuditLog, kind: str, facts: Any, *, durable: bool = False) -> None:
+        real(self, kind, facts, durable=False)
+
+    return mock.patch.object(AuditLog, "append", append)
 
 
 # -- the coordinator -------------------------------------------------------------------------------
@@ -249,6 +259,7 @@ BUGS: dict[str, Bug] = {
     "a device masks again when asked again": _masks_anew,
     "a device does not know what it answered": _no_answer_twice,
     "a device does not sync": _no_sync_on_devices,
+    "a device does not sync its record": _record_unsynced,
     "the coordinator does not sync": _no_sync,
     "the coordinator counts rounds in memory": _counts_in_memory,
     "the coordinator does not note that uploads begin": _uploads_unnoted,

@@ -7,14 +7,17 @@ what is broken, and the simulation looks after each step.
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from covey_coordinator.averaging import FedAvg
 from covey_coordinator.round import Completed
 from covey_coordinator.run import RoundOutcome
 from covey_coordinator.store import RunDirectory
+from covey_device import audit
 from covey_device.session import Memory
 from covey_shared import chunks, wire
 from covey_shared.errors import CoveyError, StorageError, TrainingError
@@ -36,6 +39,7 @@ from covey_shared.messages import (
     View,
     ViewProposal,
     ViewVote,
+    WantBlob,
 )
 from covey_shared.secagg.bitmap import from_bitmap
 from covey_shared.secagg.cohort import manifest_digest
@@ -70,6 +74,7 @@ class Watch:
         self._frames: dict[tuple[DeviceId, bytes, int], bytes] = {}
         self._kinds: dict[tuple[bytes, int], bool] = {}
         self.saved: dict[DeviceId, Memory] = {}
+        self.left: dict[DeviceId, dict[str, str]] = {}  # hashes of messages, and what they were
         self.plain: dict[tuple[DeviceId, int], np.ndarray] = {}
         self.sums: dict[int, Completed] = {}
         self.results: set[int] = set()
@@ -102,6 +107,8 @@ class Watch:
             self._frame(device, payload)
             return
         message = wire.decode(payload).message
+        if sender in self.left:
+            self.left[device][hashlib.sha256(payload).hexdigest()] = message.LABEL
         head = self._heads.get(getattr(message, "h", b""))
         match message:
             case RoundCall():
@@ -234,7 +241,27 @@ class Watch:
             memory.contributed.get(model, -1) >= revision
             for model, revision in before.contributed.items()
         )
-        self.expect(later, f"{device} {otherwise}: {before} before, {memory} now")
+        if not later:
+            self.broken.append(f"{device} {otherwise}: {before} before, {memory} now")
+
+    def audited(self, device: DeviceId, directory: Path, *, powerless: bool) -> None:
+        """The owner's record is whole and has what left the device. powerless: power was cut, which may
+        have taken all but check-ins and updates."""
+        try:
+            audit.verify(directory)
+            lines = [
+                msgspec.json.decode(line)
+                for _, line in audit.lines_of(directory)
+                if line[-1:] == b"\n"
+            ]
+        except CoveyError as error:
+            self.broken.append(f"the record of {device}: {error}")
+            return
+        told = {line.get("sha256") for line in lines}
+        for digest, label in self.left[device].items():
+            optional = powerless and label not in (CheckIn.LABEL, MaskedUpdate.LABEL)
+            if digest not in told and not optional and label not in (Decline.LABEL, WantBlob.LABEL):
+                self.broken.append(f"{device} sent a {label} that its record does not have")
 
     def encoded(self, device: DeviceId, round_id: int, ring: np.ndarray) -> None:
         """A device's update as it is before it is masked."""

@@ -5,6 +5,7 @@ at all, in any order. In fair weather each link is quick and keeps the order, as
 """
 
 import asyncio
+import functools
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -264,6 +265,7 @@ class Client:
             raise TransportError("the transport was stopped")
 
 
+@functools.lru_cache(maxsize=4096)
 def _matches(topic_filter: str, topic: str) -> bool:
     ours, theirs = topic_filter.split("/"), topic.split("/")
     return len(ours) == len(theirs) and all(

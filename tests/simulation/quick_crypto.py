@@ -2,7 +2,8 @@
 
 Signatures, agreement, boxes and key derivation are what a simulated round spends its time on. Nothing is
 left out: what is computed is the same, and a test holds the two to each other. A signature that was
-verified once is not verified again, which a pure function allows. Boxes take the key that they are
+verified once is not verified again, and an agreement not computed twice, which pure functions allow.
+Boxes take the key that they are
 sealed under from `ephemeral`, so that a seed gives the same bytes again.
 """
 
@@ -85,6 +86,8 @@ def _expand(suite: bytes, key: bytes, label: bytes, info: bytes, size: int) -> b
     return _hmac(key, prefix + suite + label + info + b"\x01")[:size]
 
 
+_AGREED: dict[tuple[bytes, bytes], bytes] = {}
+_MOST_AGREED = 10_000
 _NO_PSK = _extract(_HPKE, b"", b"psk_id_hash", b"")
 
 
@@ -111,10 +114,18 @@ class AgreementKey(keys.AgreementKey):
         self.public = keys.PublicKey(self._key.public_key().public_bytes_raw())
 
     def _exchange(self, peer: bytes) -> bytes:
-        try:
-            return bytes(self._key.exchange(X25519PublicKey.from_public_bytes(peer)))
-        except ValueError as error:
-            raise RefusedError("X25519 public key of low order") from error
+        # The two ends of an agreement compute the same, so that only the first of them needs to.
+        ends = (self.public, peer) if self.public < peer else (peer, self.public)
+        shared = _AGREED.get(ends)
+        if shared is None:
+            try:
+                shared = bytes(self._key.exchange(X25519PublicKey.from_public_bytes(peer)))
+            except ValueError as error:
+                raise RefusedError("X25519 public key of low order") from error
+            if len(_AGREED) >= _MOST_AGREED:
+                _AGREED.clear()
+            _AGREED[ends] = shared
+        return shared
 
     def agree(self, peer: bytes, *, salt: bytes, info: bytes) -> bytes:
         """32 bytes."""

@@ -38,6 +38,7 @@ from covey_coordinator.round import Completed, Moved
 from covey_coordinator.run import RoundOutcome, Run
 from covey_coordinator.service import CoordinatorService
 from covey_coordinator.store import Progress, RoundCounter, RunDirectory
+from covey_device.audit import Audit, AuditLog
 from covey_device.keystore import MemoryFile
 from covey_device.service import DeviceService
 from covey_device.session import Action, Fetch, Policy, Save, Session, StopTraining, Train
@@ -247,6 +248,7 @@ class World:
         )
         self.watch = Watch(FLEET, bundle().initial, self.run_directory)
         self.watch.on_call = self._called
+        self.watch.left = {DeviceId(name): {} for name in self.devices}
         self.calm_since: float | None = None
         self._awaited: int | None = None  # the round that must complete
         self.done = False
@@ -282,6 +284,12 @@ class World:
     def _end_of_the_world(self) -> None:
         if not self.watch.broken:
             self.watch.settled()
+            for name in self.devices:
+                self.watch.audited(
+                    DeviceId(name),
+                    self.machines[name].disk.directory / "state",
+                    powerless="power-cut" in self.kinds,
+                )
         for machine in self.machines.values():
             if machine.process is not None:
                 machine.process.die()
@@ -446,6 +454,9 @@ class World:
             rng=process.bytes,
             pool="protocol",
             train_pool="training",
+            audit=Audit(
+                AuditLog(machine.disk.directory / "state", clock=lambda: self._unix(machine))
+            ),
         )
         assert machine.stopping is not None
         await service.run(machine.stopping)
