@@ -29,6 +29,7 @@ class Gate:
     serials: dict[str, int] = field(default_factory=dict)
     revoked: tuple[str, ...] = ()
     broker: RunningBroker | None = None
+    connections: int = 1024
 
     def __post_init__(self) -> None:
         if mosquitto.find() is None:
@@ -50,6 +51,7 @@ class Gate:
             certificate=self.server.certificate,
             key=self.server.key,
             revoked=self.revoked if names else (),
+            connections=self.connections,
         )
 
     def start(self, **settings: Any) -> RunningBroker:

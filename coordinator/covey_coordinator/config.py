@@ -24,6 +24,7 @@ Interval = Annotated[float, Meta(ge=0.2, le=3600)]
 
 MQTT_PORT = 1883
 MQTTS_PORT = 8883
+MAX_CONNECTIONS = 1024
 
 _LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?"
 _HOST = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*")
@@ -35,7 +36,8 @@ class BrokerConfig(Config, frozen=True):
     """[broker]. kind "external": url is a broker that somebody else runs; any other kind is started
     by `covey up` on this machine's loopback. password_file: its first line. ca_file: PEM, the authority
     of a mqtts:// broker's certificate, if the system does not know it. cert_file, key_file: PEM, who the
-    coordinator is to a mqtts:// broker that asks for a certificate."""
+    coordinator is to a mqtts:// broker that asks for a certificate. max_connections: of a networked
+    fleet's broker."""
 
     kind: Literal["auto", "embedded", "mosquitto", "external"] = "auto"
     port: Port | None = None
@@ -45,6 +47,7 @@ class BrokerConfig(Config, frozen=True):
     ca_file: FileName | None = None
     cert_file: FileName | None = None
     key_file: FileName | None = None
+    max_connections: Annotated[int, Meta(ge=16, le=200_000)] = MAX_CONNECTIONS
 
 
 class EnrolConfig(Config, frozen=True):

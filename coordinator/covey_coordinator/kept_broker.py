@@ -82,6 +82,7 @@ def access_of(fleet: FleetDirectory, config: FleetConfig) -> Access:
         revocations=fleet.tls.read("crl.pem"),
         certificate=fleet.tls.read("server.crt"),
         key=fleet.tls.read("server.key"),
+        connections=config.broker.max_connections,
         revoked=fleet.revoked_names(),
     )
 

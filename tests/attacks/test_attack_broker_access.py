@@ -13,7 +13,6 @@ import warnings
 import pytest
 
 from covey_coordinator import pki
-from covey_coordinator.broker import mosquitto
 from covey_coordinator.broker.mosquitto import MAX_PACKET_BYTES
 from covey_shared.transport import MAX_PAYLOAD_BYTES
 from networked import FLEET, TOPICS, Gate
@@ -374,10 +373,9 @@ def test_a_revoked_devices_name_lives_on_with_a_new_certificate(own_gate):
 # -- floods ---------------------------------------------------------------------------------------
 
 
-def test_a_flood_of_connections_leaves_those_who_are_in_alone(tmp_path, monkeypatch):
+def test_a_flood_of_connections_leaves_those_who_are_in_alone(tmp_path):
     """Strangers get as far as the handshake. They can fill the places that are left, while they last."""
-    monkeypatch.setattr(mosquitto, "MAX_CONNECTIONS", 8)
-    gate = Gate(tmp_path / "gate")
+    gate = Gate(tmp_path / "gate", connections=8)
     port = gate.start().port
     try:
         with ears(gate) as coordinator, gate.client("pi-1") as device:

@@ -11,7 +11,7 @@ import pytest
 
 from covey_coordinator import kept_broker, pki
 from covey_coordinator.broker import RunningBroker, mosquitto, running
-from covey_coordinator.config import BrokerConfig, load_fleet
+from covey_coordinator.config import MAX_CONNECTIONS, BrokerConfig, load_fleet
 from covey_coordinator.devices import Grant, Revoked
 from covey_coordinator.fleet import FleetDirectory
 from covey_coordinator.kept_broker import KeptBroker, Login, access_of, broker_of, tls_of
@@ -141,7 +141,7 @@ def test_the_broker_of_a_networked_fleet_listens_everywhere_and_knows_us(fleet: 
             assert listening <= {"0.0.0.0", "::"}  # noqa: S104
             limits = Path(f"/proc/{broker.pid}/limits").read_text()
             (files,) = [line for line in limits.splitlines() if line.startswith("Max open files")]
-            assert int(files.split()[3]) <= mosquitto.MAX_CONNECTIONS + 64
+            assert int(files.split()[3]) <= MAX_CONNECTIONS + 64
             async with coordinator(login) as us:
                 await us.transport.subscribe(TOPICS.outbox("+"))
                 context, _ = pass_of(fleet, "pi-1")

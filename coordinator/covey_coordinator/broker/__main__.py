@@ -1,7 +1,7 @@
 """The child's side of a broker's start: tie it to the parent's life, then become the broker.
 
-``python -m covey_coordinator.broker PARENT_PID embedded CONFIGURATION`` runs the embedded broker,
-``python -m covey_coordinator.broker PARENT_PID PROGRAM ARGUMENT...`` becomes that program.
+``python -m covey_coordinator.broker PARENT_PID CONNECTIONS embedded CONFIGURATION`` runs the embedded
+broker, ``... PARENT_PID CONNECTIONS PROGRAM ARGUMENT...`` becomes that program.
 
 This is done here, and not by a hook between fork and exec, because such a hook may deadlock in a
 process with threads. The kernel's tie is to the parent's *thread* that forked.
@@ -13,8 +13,6 @@ import resource
 import signal
 import sys
 from pathlib import Path
-
-from covey_coordinator.broker.mosquitto import MAX_CONNECTIONS
 
 _FILES_BESIDES = 64
 _PR_SET_PDEATHSIG = 1
@@ -34,11 +32,11 @@ def die_with_parent(parent_pid: int) -> None:
         sys.exit("the parent process ended before the broker started")
 
 
-def bound_open_files() -> None:
+def bound_open_files(connections: int) -> None:
     """As many as mosquitto may have connections, and some: its own limit can be got round (in 2.0 a
     client that connects again counts as one less), and the usual limit of 1024 is below it."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + _FILES_BESIDES
+    wanted = connections + _FILES_BESIDES
     if most != resource.RLIM_INFINITY:
         wanted = min(wanted, most)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
@@ -47,13 +45,13 @@ def bound_open_files() -> None:
 def main(arguments: list[str]) -> None:
     """Become the broker that the arguments name."""
     die_with_parent(int(arguments[0]))
-    if arguments[1] == "embedded":
+    if arguments[2] == "embedded":
         from covey_coordinator.broker import embedded
 
-        embedded.main(Path(arguments[2]))
+        embedded.main(Path(arguments[3]))
     else:
-        bound_open_files()
-        os.execv(arguments[1], arguments[1:])  # noqa: S606 - no shell is wanted
+        bound_open_files(int(arguments[1]))
+        os.execv(arguments[2], arguments[2:])  # noqa: S606 - no shell is wanted
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ class Access:
     """What a broker needs to let the right clients in; everything but the names is PEM.
 
     authority: the broker authority's certificate. revocations: its list of certificates that no longer
-    count. certificate, key: the broker's own. revoked: devices that are silenced though they may still
-    be connected.
+    count. certificate, key: the broker's own. connections: most at once, strangers included until they
+    are turned away. revoked: devices that are silenced though they may still be connected.
     """
 
     fleet: str
@@ -35,6 +35,7 @@ class Access:
     revocations: bytes
     certificate: bytes
     key: bytes = field(repr=False)
+    connections: int
     revoked: tuple[str, ...] = ()
 
     def files(self) -> dict[str, bytes]:

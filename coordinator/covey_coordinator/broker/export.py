@@ -65,7 +65,7 @@ def write_configuration(
         pair = _pair_for(fleet, directory, normal_host(url.host), days, now_unix)
         access = replace(access, certificate=pair.certificate, key=pair.key)
     access.check()
-    text = networked_configuration(installed, port) + _REST
+    text = networked_configuration(installed, port, access.connections) + _REST
     try:
         private_directory(directory)
     except OSError as error:

@@ -21,8 +21,6 @@ _MORE_PATH = ("/usr/sbin", "/usr/local/sbin", "/usr/local/bin", "/opt/homebrew/s
 # Room for the topic and MQTT's own header; equals the limit of AWS IoT.
 MAX_PACKET_BYTES = MAX_PAYLOAD_BYTES + 8 * 1024
 
-MAX_CONNECTIONS = 1024
-
 # What any broker of ours has in common.
 _SHARED = (
     "# A client that ignores the limit is disconnected; ours never sends such a packet.",
@@ -70,16 +68,18 @@ def prepare_networked(
     for name, content in access.files().items():
         write_atomic(directory / name, content, mode=0o600, durable=False)
     configuration = directory / "mosquitto.conf"
-    text = networked_configuration(directory, port, host=host)
+    text = networked_configuration(directory, port, access.connections, host=host)
     write_private(configuration, text + "\n".join(_child_lines(directory)) + "\n")
     return [str(program), "-c", str(configuration)], version
 
 
-def networked_configuration(directory: Path, port: int, *, host: str | None = None) -> str:
+def networked_configuration(
+    directory: Path, port: int, connections: int, *, host: str | None = None
+) -> str:
     """mosquitto.conf of a networked fleet, without where it logs and what it persists to.
 
     directory: where the files of `Access.files` are, to mosquitto. host: None listens on all
-    addresses, IPv4 and IPv6.
+    addresses, IPv4 and IPv6. connections: most at once.
     """
     _check_directory(directory)
     lines = [
@@ -102,7 +102,7 @@ def networked_configuration(directory: Path, port: int, *, host: str | None = No
         "",
         "# Strangers' handshakes count as well. mosquitto 2.0 counts a client that connects again as",
         "# one less: the limit of open files is what holds.",
-        f"max_connections {MAX_CONNECTIONS}",
+        f"max_connections {connections}",
         "# 64 MiB for each client that reads more slowly than others write.",
         "max_queued_bytes 67108864",
         "# Sessions that nobody comes back for. covey's clients keep none.",

@@ -29,6 +29,7 @@ BrokerKind = Literal["embedded", "mosquitto"]
 _PORT_ATTEMPTS = 3
 _POLL_S = 0.02
 _LOG_LINES = 8
+_LOCAL_CONNECTIONS = 1024  # on loopback, from this machine alone
 _LOG_TAIL_BYTES = 16 * 1024
 _RELOAD_S = 10.0
 
@@ -297,9 +298,11 @@ async def _launch(
             f"cannot prepare the broker's directory {directory}: {error.strerror}; "
             "check its owner and the space left"
         ) from error
+    connections = _LOCAL_CONNECTIONS if access is None else access.connections
+    child = [sys.executable, "-P", "-m", "covey_coordinator.broker"]
     try:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "covey_coordinator.broker", str(os.getpid()), *command],
+            [*child, str(os.getpid()), str(connections), *command],
             stdin=subprocess.DEVNULL,
             stdout=fd,
             stderr=fd,
