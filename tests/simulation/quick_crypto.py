@@ -3,8 +3,7 @@
 Signatures, agreement, boxes and key derivation are what a simulated round spends its time on. Nothing is
 left out: what is computed is the same, and a test holds the two to each other. A signature that was
 verified once is not verified again, and an agreement not computed twice, which pure functions allow.
-Boxes take the key that they are
-sealed under from `ephemeral`, so that a seed gives the same bytes again.
+Boxes take the key that they are sealed under from `ephemeral`, so that a seed gives the same bytes again.
 """
 
 import contextlib
