@@ -5,6 +5,7 @@ at all, in any order. In fair weather each link is quick and keeps the order, as
 """
 
 import asyncio
+import contextvars
 import functools
 import random
 from collections.abc import Awaitable, Callable
@@ -63,6 +64,7 @@ class Network:
     retained: dict[str, bytes] = field(default_factory=dict)
     links: dict[str, Link] = field(default_factory=dict)
     clients: dict[str, "Client"] = field(default_factory=dict)
+    nobody: contextvars.Context = field(default_factory=contextvars.copy_context)
 
     def link(self, name: str) -> Link:
         """The link of a client, whichever process uses it."""
@@ -73,7 +75,7 @@ class Network:
         link = self.link(name)
         link.up, link.down = up, down
         link.failures += 1
-        self.loop.call_later(KEEPALIVE_S, self._silent, link, link.failures)
+        self.loop.call_later(KEEPALIVE_S, self._silent, link, link.failures, context=self.nobody)
 
     def mend(self, name: str) -> None:
         """A link works again."""
@@ -239,20 +241,36 @@ class Client:
                 self._check()
                 self.process.effect("publish")
                 self.network.said(self.name, topic, payload)
-                session = self.session
-                await asyncio.sleep(self.network.delay_s(self.link))
-                if session == self.session and self.connected and self.link.up:
-                    self.bytes_out += len(topic) + len(payload)
-                    weather = self.network.weather
-                    if weather.loss and self.network.random.random() < weather.loss:
-                        self.network.tell("lost", self.name, topic, payload)
-                    else:
-                        self.network.take(self.name, topic, payload, retain=retain)
+                arrived = self.network.loop.create_future()
+                self.network.loop.call_later(
+                    self.network.delay_s(self.link),
+                    self._reaches,
+                    (self.session, topic, payload, retain),
+                    arrived,
+                    context=self.network.nobody,
+                )
+                if await arrived:
                     self.process.effect("acknowledgement")
                     if self.link.down:
                         return
                 # Not acknowledged: it is sent again, and may so arrive twice.
                 await asyncio.sleep(0.5)
+
+    def _reaches(
+        self, message: tuple[int, str, bytes, bool], arrived: asyncio.Future[bool]
+    ) -> None:
+        """A message comes to the broker, whether or not its sender lives still."""
+        session, topic, payload, retain = message
+        there = session == self.session and self.connected and self.link.up
+        if there:
+            self.bytes_out += len(topic) + len(payload)
+            weather = self.network.weather
+            if weather.loss and self.network.random.random() < weather.loss:
+                self.network.tell("lost", self.name, topic, payload)
+            else:
+                self.network.take(self.name, topic, payload, retain=retain)
+        if not arrived.done():
+            arrived.set_result(there)
 
     async def stop(self, *, graceful: bool = True) -> None:
         self._stopped = True

@@ -409,8 +409,9 @@ class World:
             machine.disk.power_cut()
         client = self.network.clients.get(machine.name)
         if client is not None:
-            # The operating system ends a process's connections; a machine's end nobody tells of.
-            wait_s = 1.5 if machine.power else 0.0
+            # The operating system ends a process's connections, once what it had sent is through;
+            # a machine's end nobody tells of.
+            wait_s = 1.5 if machine.power else process.random.choice((0.0, 0.05, 0.3))
             self._later(wait_s, lambda: client.cut("connection lost", will=True))
         machine.power = False
         self._later(machine.back_s, lambda: self.boot(machine.name))
