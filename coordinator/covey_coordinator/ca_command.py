@@ -23,11 +23,12 @@ def ca() -> None:
 def ca_init(directory: Path, fleet: str) -> None:
     """Make a fleet CA in DIR, on the machine where it is to stay."""
     from covey_coordinator.fleet import check_name
-    from covey_coordinator.fleet_ca import AuthorityDirectory, fingerprint
+    from covey_coordinator.fleet_ca import AuthorityDirectory
+    from covey_shared.keys import in_groups
 
     check_name(fleet, "fleet")
     public = AuthorityDirectory(directory).create(fleet)
-    click.echo(f"CA for fleet {fleet} made in {directory.absolute()}: {fingerprint(public)}")
+    click.echo(f"CA for fleet {fleet} made in {directory.absolute()}: {in_groups(public)}")
     click.echo(
         f"next: carry {directory / 'ca.pub'} to the coordinator; there: "
         f"covey init --fleet {fleet} --address HOST --ca ca.pub"
@@ -47,7 +48,8 @@ def ca_init(directory: Path, fleet: str) -> None:
 def ca_requests(output: Path, fleet_dir: Path) -> None:
     """Export all devices that wait for the fleet CA, to be carried to it."""
     from covey_coordinator.fleet import FleetDirectory
-    from covey_coordinator.fleet_ca import fingerprint, write_file
+    from covey_coordinator.fleet_ca import write_file
+    from covey_shared.keys import in_groups
 
     fleet = FleetDirectory(fleet_dir)
     requests, names = fleet.identity_requests()
@@ -58,7 +60,7 @@ def ca_requests(output: Path, fleet_dir: Path) -> None:
     click.echo(f"requests of {', '.join(names)} written to {output}")
     click.echo(f"next: carry it to the CA's machine; there: covey ca sign {output.name}")
     click.echo(f"the coordinator's key: {fleet.trust.coordinator.hex()} "
-               f"({fingerprint(fleet.trust.coordinator)})")  # fmt: skip
+               f"({in_groups(fleet.trust.coordinator)})")  # fmt: skip
 
 
 @ca.command("sign", short_help="Sign what a fleet asks for.")
@@ -97,11 +99,11 @@ def ca_sign(
     from covey_coordinator.fleet_ca import (
         AuthorityDirectory,
         Requests,
-        fingerprint,
         parse_public,
         read_file,
         write_file,
     )
+    from covey_shared.keys import in_groups
 
     authority = AuthorityDirectory(ca_dir)
     key = None if coordinator is None else parse_public(coordinator, "--coordinator")
@@ -112,7 +114,7 @@ def ca_sign(
     width = max(len(entry.request.device) for entry in wanted)
     for entry in wanted:
         request = entry.request
-        click.echo(f"{request.device:{width}}  {fingerprint(request.identity)}  {request.days} days  "
+        click.echo(f"{request.device:{width}}  {in_groups(request.identity)}  {request.days} days  "
                    f"{entry.what}")  # fmt: skip
     if not yes:
         click.confirm(f"sign {len(wanted)} for fleet {authority.config.fleet}?", abort=True)

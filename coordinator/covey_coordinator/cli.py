@@ -60,8 +60,8 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except CoveyError as error:
             click.echo(f"covey: {error}", err=True)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # the last: whoever reads has seen enough
         except Exception as error:
             if os.environ.get("COVEY_DEBUG"):
                 raise
@@ -167,16 +167,14 @@ def init(
 def _tell_networked(fleet: Any) -> None:
     """Where a fleet's devices connect, and whom they will trust."""
     from covey_coordinator.config import load_fleet, normal_host
-    from covey_coordinator.fleet_ca import fingerprint
+    from covey_shared.keys import in_groups
 
     config, trust = load_fleet(fleet.path), fleet.trust
     host = normal_host(config.addresses[0])
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"devices join at {shown}:{config.enrol.port}, rounds are at "
                f"{fleet.device_broker_url(config)}")  # fmt: skip
-    click.echo(
-        f"fleet CA: {fingerprint(trust.ca)}{'' if fleet.ca_here else ', on another machine'}"
-    )
+    click.echo(f"fleet CA: {in_groups(trust.ca)}{'' if fleet.ca_here else ', on another machine'}")
     click.echo(f"coordinator's key: {trust.coordinator.hex()}")
 
 

@@ -70,8 +70,8 @@ def device_token(name: str, hours: float | None, again: bool, fleet_dir: Path) -
     becomes the device, so give it away as you would a password.
     """
     from covey_coordinator.fleet import FleetDirectory
-    from covey_coordinator.fleet_ca import fingerprint
     from covey_coordinator.status import read_status
+    from covey_shared.keys import in_groups
 
     fleet = FleetDirectory(fleet_dir)
     token, expires = fleet.make_token(name, hours=hours, again=again, now_unix=int(time.time()))
@@ -79,7 +79,7 @@ def device_token(name: str, hours: float | None, again: bool, fleet_dir: Path) -
     for line in (
         "",
         f"on the device: covey-device join TOKEN     (for {name}, once, until {moment(expires)})",
-        f"compare there: fleet CA {fingerprint(fleet.trust.ca)}",
+        f"compare there: fleet CA {in_groups(fleet.trust.ca)}",
     ):
         click.echo(line, err=True)
     if read_status(fleet_dir) is None:
@@ -126,8 +126,8 @@ def device_list(fleet_dir: Path) -> None:
 def device_show(name: str, fleet_dir: Path) -> None:
     """Everything that the coordinator knows of a device, refusals in its name included."""
     from covey_coordinator.fleet import FleetDirectory
-    from covey_coordinator.fleet_ca import fingerprint
     from covey_coordinator.status import read_status
+    from covey_shared.keys import in_groups
     from covey_shared.messages import for_display
 
     fleet, now = FleetDirectory(fleet_dir), time.time()
@@ -137,7 +137,7 @@ def device_show(name: str, fleet_dir: Path) -> None:
         click.echo(f"online: {'yes' if name in status.present else 'no'}")
         if status.faults.get(name):
             click.echo(f"faults in rounds: {status.faults[name]}")
-    click.echo(f"identity: {fingerprint(entry.identity)}")
+    click.echo(f"identity: {in_groups(entry.identity)}")
     if entry.not_after_unix:
         click.echo(
             f"identity certificate: from {moment(entry.issued_unix)} to "

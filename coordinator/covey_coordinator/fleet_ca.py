@@ -73,7 +73,7 @@ class Wanted:
             return "new"
         if self.before == self.request.identity:
             return "renewal"
-        return f"REPLACES {fingerprint(self.before)}"
+        return f"REPLACES {keys.in_groups(self.before)}"
 
 
 class _Line(msgspec.Struct):
@@ -81,12 +81,6 @@ class _Line(msgspec.Struct):
     identity: str
     issued_unix: int
     not_after_unix: int
-
-
-def fingerprint(public: bytes) -> str:
-    """A public key for people to compare: 32 hexadecimal digits of it in groups of four."""
-    text = public.hex()[:32]
-    return " ".join(text[i : i + 4] for i in range(0, len(text), 4))
 
 
 def certify(
@@ -211,7 +205,7 @@ class AuthorityDirectory:
         pinned = bytes.fromhex(config.coordinator)
         if coordinator is not None and coordinator != pinned:
             raise ConfigError(
-                f"this CA knows another coordinator, {fingerprint(pinned)}; if the fleet has a new "
+                f"this CA knows another coordinator, {keys.in_groups(pinned)}; if the fleet has a new "
                 "one, correct `coordinator` in ca.toml"
             )
         return pinned

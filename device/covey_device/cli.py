@@ -93,6 +93,7 @@ def join(
     certified, write device.toml. TOKEN may be - to be read from standard input."""
     from covey_device import enrol
     from covey_shared.enrolment import decode_token
+    from covey_shared.keys import in_groups
 
     if token == "-":  # noqa: S105  (no secret: where it is read from)
         hidden = sys.stdin.isatty()
@@ -105,8 +106,8 @@ def join(
         force=force,
     )
     click.echo(f"joined fleet {joined.fleet} as {joined.device}")
-    click.echo(f"fleet CA: {enrol.in_groups(joined.fleet_ca)}")
-    click.echo(f"identity: {enrol.in_groups(joined.identity)}")
+    click.echo(f"fleet CA: {in_groups(joined.fleet_ca)}")
+    click.echo(f"identity: {in_groups(joined.identity)}")
     click.echo(f"keys and certificates: {joined.keys}, for this user alone")
     click.echo(f"configuration: {joined.config}")
     if joined.kept is not None:
@@ -146,7 +147,7 @@ def check(config_path: Path) -> None:
     """Check the configuration, the keys, the certificate, the state and the data files, without
     connecting."""
     from covey_device.assembly import certificates_in_words, concerns, load_device
-    from covey_device.enrol import in_groups
+    from covey_shared.keys import in_groups
     from covey_shared.mqtt import parse_broker_url
 
     parts = load_device(config_path)

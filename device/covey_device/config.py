@@ -129,6 +129,7 @@ class PolicyConfig(Config, frozen=True):
             f"round, on {limits.threads} thread{'s' if limits.threads > 1 else ''}, within "
             f"{limits.max_memory_mb:,} MB"
         )
+        lines.append(f"tries a plan it has not seen for at most {limits.trial_seconds:g} seconds")
         return lines
 
 

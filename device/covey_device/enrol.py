@@ -62,9 +62,6 @@ ANSWER_S = 30.0
 ATTEMPTS = 2
 """Of one request whose answer gets lost."""
 
-FINGERPRINT_DIGITS = 32
-"""128 bits of a public key, in hexadecimal: what people compare."""
-
 IDENTITY, CERTIFICATE, BROKER_CA, BROKER_PAIR = (
     "identity.key",
     "certificate",
@@ -128,7 +125,7 @@ def believed(answer: bytes, token: Token, expect_ca: str | None = None) -> Fleet
     signed.check(message.coordinator, signer="the coordinator that the token pins")
     if expect_ca is not None and not message.fleet_ca.hex().startswith(expect_ca):
         raise RefusedError(
-            f"the token is of a fleet whose CA is {in_groups(message.fleet_ca)}, not the one that you "
+            f"the token is of a fleet whose CA is {keys.in_groups(message.fleet_ca)}, not the one that you "
             "expect; nothing was given away. Ask your operator where the token comes from"
         )
     return message
@@ -628,15 +625,9 @@ def expected_ca(text: str) -> str:
     """--expect-ca as hexadecimal digits, however it was grouped. Raises ConfigError."""
     digits = "".join(text.split()).replace(":", "").replace("-", "").lower()
     known = all(c in "0123456789abcdef" for c in digits)
-    if not known or not FINGERPRINT_DIGITS <= len(digits) <= 2 * keys.PUBLIC_KEY_BYTES:
+    if not known or not keys.FINGERPRINT_DIGITS <= len(digits) <= 2 * keys.PUBLIC_KEY_BYTES:
         raise ConfigError(
-            f"--expect-ca: a fleet CA's fingerprint has {FINGERPRINT_DIGITS} hexadecimal digits, as "
+            f"--expect-ca: a fleet CA's fingerprint has {keys.FINGERPRINT_DIGITS} hexadecimal digits, as "
             "`covey init` and `covey ca` show them"
         )
     return digits
-
-
-def in_groups(public: bytes) -> str:
-    """A public key for people to compare: its first 32 digits in groups of four."""
-    digits = public.hex()[:FINGERPRINT_DIGITS]
-    return " ".join(digits[i : i + 4] for i in range(0, len(digits), 4))

@@ -171,7 +171,7 @@ def renew(
     try:
         answer = enrol.exchange(config.enrol.host, config.enrol.port, context, envelope)
     except enrol.LostError as error:
-        # All that a coordinator says to a certificate that it revoked is to close the connection.
+        # A certificate that the authority does not know is not told anything but that.
         raise enrol.LostError(
             f"{error}, and if that does not help, ask your operator whether this device was revoked"
         ) from error
@@ -213,7 +213,7 @@ def renew(
         done.append("identity certificate")
     if done:
         ends = {} if own is None else {"identity_ends": tls.in_words(own.not_after_unix)}
-        audit.note(base / config.state, "renewed", certificates=" and ".join(done), **ends)
+        audit.note(base / config.state, "renewed", what=" and ".join(done), **ends)
     waiting = own is None or (identity_due and "identity certificate" not in done)
     note = ""
     if granted.broker_url != config.broker.url:

@@ -27,6 +27,9 @@ DOMAIN = b"covey/1 "
 SEED_BYTES = 16
 PUBLIC_KEY_BYTES = 32
 SIGNATURE_BYTES = 64
+FINGERPRINT_DIGITS = 32
+"""128 bits of a public key, in hexadecimal: another key that reads the same is out of reach."""
+
 BOX_OVERHEAD_BYTES = 32 + 16  # encapsulated X25519 key, Poly1305 tag
 
 Rng = Callable[[int], bytes]
@@ -53,6 +56,12 @@ def hkdf(secret: bytes, *, salt: bytes, info: bytes, size: int = 32) -> bytes:
     key = HKDF(secret, size, salt, SHA256, context=DOMAIN + info)
     assert isinstance(key, bytes)  # noqa: S101  (one key asked for, one given)
     return key
+
+
+def in_groups(public: bytes) -> str:
+    """A public key for people to compare: its first digits in groups of four."""
+    digits = public.hex()[:FINGERPRINT_DIGITS]
+    return " ".join(digits[i : i + 4] for i in range(0, len(digits), 4))
 
 
 class SigningKey:

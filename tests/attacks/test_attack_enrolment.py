@@ -16,7 +16,7 @@ import pytest
 from cryptography import x509
 
 from covey_coordinator import pki
-from covey_coordinator.fleet_ca import certify, fingerprint
+from covey_coordinator.fleet_ca import certify
 from covey_device import enrol, tls
 from covey_device.assembly import load_device
 from covey_device.config import DeviceConfig
@@ -555,11 +555,3 @@ def test_an_answer_to_a_renewal_that_is_not_this_devices(
     finally:
         lab.change = lambda answer: answer
     assert {p: p.read_bytes() for p in config.parent.rglob("*") if p.is_file()} == before
-
-
-def test_the_operators_fingerprints_are_the_devices(lab: Lab, tmp_path: Path):
-    """What people compare by eye is the same on both sides, and 128 bits of the key."""
-    config, _ = enrolled(lab, tmp_path, "compared")
-    identity = load_device(config).identity.public
-    assert enrol.in_groups(identity) == fingerprint(identity)
-    assert len(enrol.in_groups(identity).replace(" ", "")) == 32

@@ -1,5 +1,6 @@
 """What an operator sees of `covey`, command by command, without processes."""
 
+import errno
 import json
 import os
 import re
@@ -384,6 +385,14 @@ def test_a_bug_is_one_line_too(covey: Covey, monkeypatch: pytest.MonkeyPatch):
     )
     monkeypatch.setenv("COVEY_DEBUG", "1")
     assert isinstance(CliRunner().invoke(main, ["status"]).exception, ZeroDivisionError)
+
+
+def test_a_reader_that_has_seen_enough_is_no_bug(monkeypatch: pytest.MonkeyPatch):
+    def load(path: Path) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("covey_coordinator.config.load_fleet", load)
+    assert CliRunner().invoke(main, ["status"]).output == ""
 
 
 HEAVY = {

@@ -13,12 +13,11 @@ from click.testing import CliRunner, Result
 
 from covey_coordinator.config import BrokerConfig
 from covey_coordinator.fleet import FleetDirectory
-from covey_coordinator.fleet_ca import fingerprint
 from covey_device.cli import main
 from covey_device.keystore import MemoryFile, certificate_end, load_identity
 from covey_device.session import Memory
 from covey_device.tls import in_words
-from covey_shared.keys import SigningKey
+from covey_shared.keys import SigningKey, in_groups
 
 CoveyDevice = Callable[..., Result]
 
@@ -77,8 +76,8 @@ def test_a_sound_device(covey_device: CoveyDevice, home: Path):
     lines = result.stdout.splitlines()
     assert lines[:6] == [
         "device pi-1 of fleet farm",
-        f"identity: {fingerprint(identity)}",
-        f"fleet CA: {fingerprint(ca)}",
+        f"identity: {in_groups(identity)}",
+        f"fleet CA: {in_groups(ca)}",
         "broker: mqtt://127.0.0.1:1883",
         f"identity certificate: until {in_words(ends)}",
         "last round: 41",

@@ -313,6 +313,7 @@ def test_what_holds_is_said_in_words():
         "joins any number of rounds a day",
         "runs any plan of the coordinator",
         "trains at most 10,000 batches and 600 seconds a round, on 1 thread, within 400 MB",
+        "tries a plan it has not seen for at most 60 seconds",
     ]
     strict = PolicyConfig(
         rounds_per_day=24, plans=("ab" * 32,), owners=("1" * 64, "2" * 64, "3" * 64)

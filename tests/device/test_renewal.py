@@ -176,7 +176,7 @@ def test_nothing_is_renewed_before_two_thirds(device: Path):
     assert load_device(device).tls is not None  # so that key and certificate fit
     assert pair_of(device).stat().st_mode & 0o777 == 0o600
     entry = AuditLog(parts_state(device)).last("renewed")
-    assert entry["certificates"] == "TLS certificate"
+    assert entry["what"] == "TLS certificate"
 
 
 def parts_state(device: Path) -> Path:

@@ -9,7 +9,7 @@ import pytest
 
 from covey_coordinator.cli import main as covey
 from covey_device.cli import main as covey_device
-from covey_device.enrol import in_groups
+from covey_shared.keys import in_groups
 
 PAGE = (Path(__file__).parents[2] / "docs" / "enrolment.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

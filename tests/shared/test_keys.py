@@ -105,6 +105,10 @@ def test_a_key_of_low_order_is_none_to_agree_with(case: dict[str, str]) -> None:
         keys.check_agreement_key(unhex(case["u"]), owner="pi-a")
 
 
+def test_a_key_for_people_to_compare_is_128_bits_of_it_in_groups_of_four() -> None:
+    assert keys.in_groups(bytes(range(32))) == "0001 0203 0405 0607 0809 0a0b 0c0d 0e0f"
+
+
 def test_an_agreement_of_zeros_is_refused_whatever_the_import_lets_through(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -20,7 +20,7 @@ from covey_coordinator.devices import (
     revoked_identities,
 )
 from covey_coordinator.fleet import FleetDirectory
-from covey_coordinator.fleet_ca import certify, fingerprint
+from covey_coordinator.fleet_ca import certify
 from covey_coordinator.tokens import TokenRecord
 from covey_shared import enrolment, wire
 from covey_shared.enrolment import (
@@ -38,6 +38,7 @@ from covey_shared.errors import (
     RemoteProtocolError,
     StorageError,
 )
+from covey_shared.keys import in_groups
 from covey_shared.messages import MAX_REASON_CHARS, Certificate, DeviceId, Message, for_display
 
 log = logging.getLogger("covey.enrolment")
@@ -180,7 +181,7 @@ class EnrolmentDesk:
         if token.used_by and token.used_by != identity.hex():
             self._say(
                 f"WARNING: the token for {token.device} came a second time, from {peer.address} with "
-                f"the identity {fingerprint(identity)}: it may have been stolen. If that is your "
+                f"the identity {in_groups(identity)}: it may have been stolen. If that is your "
                 f"device, revoke {token.device} and make a new token"
             )
             raise RefusedError(
@@ -217,7 +218,7 @@ class EnrolmentDesk:
             replaced = "" if old.key == identity else old.identity
             book.revoke(Revoked(device=device, identity=replaced, unix=now_unix, grants=old.grants))
             self._fleet.write_revocations(now_unix)
-        self._say(f"device {device} joined with the identity {fingerprint(identity)}")
+        self._say(f"device {device} joined with the identity {in_groups(identity)}")
         return DeviceRecord(
             device=device,
             identity=identity.hex(),
