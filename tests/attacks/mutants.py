@@ -195,7 +195,8 @@ def noticed_by(copy: Path, first: str) -> str | None:
     except subprocess.TimeoutExpired:
         return "the clock"
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    if failed is None and done.returncode != 0:
+    # 2: a test file could not even be read, which says nothing about the mutant.
+    if done.returncode == 2 or (failed is None and done.returncode != 0):
         raise SystemExit(done.stdout + done.stderr)
     return failed and failed[1]
 
