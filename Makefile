@@ -82,6 +82,7 @@ benchmarks: setup ## the benchmarks, with their bounds
 	@$(BIN)/python benchmarks/plan_step.py
 	@$(BIN)/python benchmarks/mask.py
 	@$(BIN)/python benchmarks/manifest.py
+	@$(BIN)/python benchmarks/join.py
 	@$(BIN)/python benchmarks/transcript.py
 
 .PHONY: attacks

@@ -137,24 +137,6 @@ def test_the_command_says_what_it_did(
     ]  # fmt: skip
 
 
-JOIN = "from covey_device.cli import main; main()"
-
-
-def test_joining_takes_less_than_two_seconds(lab: Lab, tmp_path: Path, names: Iterator[str]):
-    """From the start of the interpreter to its end. The best of three: other tests run beside."""
-    took = []
-    for number in range(3):
-        token = lab.token(next(names)).encode()
-        config = tmp_path / str(number) / "device.toml"
-        start = time.monotonic()
-        command = [sys.executable, "-c", JOIN, "join", token, "--config", config]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-        took.append(time.monotonic() - start)
-        if took[-1] < 2.0:
-            return
-    pytest.fail(f"{min(took):.1f} s")
-
-
 def test_the_service_s_modules_do_not_load_cryptography():
     code = "import sys, covey_device.assembly, covey_device.service, covey_device.cli\n"
     code += "assert 'cryptography' not in sys.modules"
