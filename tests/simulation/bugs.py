@@ -226,6 +226,11 @@ def _second_view() -> Any:
     return mock.patch.object(Round, "_repeats", repeats)
 
 
+def never_repeats() -> Any:
+    """What got lost stays lost. Costs rounds while messages get lost, and breaks nothing."""
+    return mock.patch.object(Round, "_repeats", return_value=[])
+
+
 def _gives_up_on_a_full_disk() -> Any:
     """A round's end that the disk refuses is not tried again."""
 

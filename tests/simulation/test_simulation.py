@@ -16,7 +16,7 @@ import pytest
 from covey_shared import keys
 from covey_shared.errors import RefusedError, SignatureError
 from simulation import quick_crypto
-from simulation.bugs import BUGS
+from simulation.bugs import BUGS, never_repeats
 from simulation.disk import Disk, installed
 from simulation.faults import KINDS, plan
 from simulation.loop import Crash, Loop, Process
@@ -42,6 +42,18 @@ def test_in_fair_weather_every_round_completes():
     verdict = play(5, kinds=())
     assert not verdict.broken
     assert verdict.rounds == verdict.completed > 0
+
+
+def test_lost_messages_cost_time_and_hardly_a_round():
+    def share() -> float:
+        verdicts = [play(seed, kinds=("loss", "reordering")) for seed in range(5004, 5010)]
+        assert not any(verdict.broken for verdict in verdicts)
+        return sum(v.completed for v in verdicts) / sum(v.rounds for v in verdicts)
+
+    with_repeats = share()
+    assert with_repeats > 0.85
+    with never_repeats():
+        assert share() < with_repeats
 
 
 def test_every_kind_of_fault_happens():
