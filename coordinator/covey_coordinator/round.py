@@ -230,6 +230,10 @@ class Round:
         self._standing = [Publish(self._said(self.spec.call), retain=True)]
         return [*self._standing, Moved(Phase.GATHER, f"{len(self._present)} devices present")]
 
+    def sent(self, now: float) -> None:
+        """What opened the phase has gone out: only now can anybody answer, and the waiting begins."""
+        self._entered = self._last_sent = now
+
     def receive(self, data: bytes, sender: DeviceId, now: float, now_unix: int) -> list[Action]:
         """One message from a device's outbox. sender: the topic's device, which must match.
 

@@ -230,8 +230,7 @@ class CoordinatorService:
         self, spec: RoundSpec, index: int, spool: UploadDesk, transcript: RoundScribe
     ) -> RoundOutcome:
         """Play one round to its end. Its blobs must be on offer already, its transcript open."""
-        # A call that cannot go out would be too old when it can: devices have only so long to answer.
-        await self.connected.wait()
+        await self.connected.wait()  # or it would be called in ignorance of who is there
         started = self._clock()
         bytes_in, bytes_out = self._bytes()
         await self._stored(spool.open)
@@ -394,6 +393,9 @@ class CoordinatorService:
                 case Completed() | Abandoned():
                     self._outcome = action
         await asyncio.gather(*published)
+        if self._round is not None and any(isinstance(action, Moved) for action in actions):
+            # Without a connection that took as long as it took, and devices have only so long to answer.
+            self._round.sent(self._clock())
 
     async def _moved(self, moved: Moved) -> None:
         if moved.phase is Phase.COLLECT and self._round is not None:

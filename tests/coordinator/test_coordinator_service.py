@@ -18,7 +18,7 @@ import pytest
 
 from covey_coordinator import blobs, inbox, registry
 from covey_coordinator.averaging import FedAvg
-from covey_coordinator.round import Round
+from covey_coordinator.round import Moved, Round
 from covey_coordinator.run import HeldOut
 from covey_coordinator.service import CoordinatorService
 from covey_shared.messages import MaskedUpdate
@@ -80,6 +80,31 @@ def test_a_round_is_called_only_once_it_can_be_heard_of(tmp_path: Path):
             playing = asyncio.create_task(fleet.play(run))
             await asyncio.sleep(0.6)
             assert not fleet.events
+            fleet.transport.held = False
+            state = await playing
+            assert (state.rounds_completed, state.rounds_abandoned) == (1, 0)
+
+    go(scenario())
+
+
+@pytest.mark.parametrize("phase", ["gather", "share", "roster", "collect", "view", "unmask"])
+def test_a_phase_lasts_from_when_it_was_heard_of(tmp_path: Path, phase: str):
+    """The connection is lost in the moment that a phase begins, for longer than the phase may last."""
+
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            cut = asyncio.Event()
+
+            def on_event(event: Any) -> None:
+                if isinstance(event, Moved) and event.phase.value == phase and not cut.is_set():
+                    fleet.transport.cut(hold=True)
+                    cut.set()
+
+            fleet.on_event = on_event
+            brief = short(gather_s=1.0, share_s=1.0, collect_s=1.0, unmask_s=1.0)
+            playing = asyncio.create_task(fleet.play(fleet.run(config(rounds=1, deadlines=brief))))
+            await cut.wait()
+            await asyncio.sleep(1.2)
             fleet.transport.held = False
             state = await playing
             assert (state.rounds_completed, state.rounds_abandoned) == (1, 0)

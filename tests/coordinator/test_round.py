@@ -31,6 +31,17 @@ WANTED = {
 }
 
 
+def test_a_phase_lasts_from_when_its_messages_went_out():
+    play = Lab(4).round()
+    machine, gather_s = play.machine, play.machine.spec.call.gather_s
+    machine.open(0.0)
+    machine.sent(3 * gather_s)
+    machine.tick(3.9 * gather_s, NOW_UNIX)
+    assert machine.phase is Phase.GATHER
+    machine.tick(4 * gather_s, NOW_UNIX)
+    assert machine.phase is Phase.ABANDONED
+
+
 def held(play, kind):
     """Play until the coordinator waits for one kind of message; these are handed back instead."""
     kept = {}

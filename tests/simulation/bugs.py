@@ -240,8 +240,8 @@ def _gives_up_on_a_full_disk() -> Any:
     return mock.patch.object(CoordinatorService, "_stored", stored)
 
 
-def _calls_while_offline() -> Any:
-    """A round's time to gather runs while there is nobody to be heard by."""
+def _waits_unheard() -> Any:
+    """A phase's time runs while there is nobody to be heard by."""
     real = CoordinatorService.run_round
 
     async def run_round(self: CoordinatorService, *args: Any) -> Any:
@@ -252,7 +252,15 @@ def _calls_while_offline() -> Any:
         finally:
             self.connected = connected
 
-    return mock.patch.object(CoordinatorService, "run_round", run_round)
+    @contextlib.contextmanager
+    def planted() -> Iterator[None]:
+        with (
+            mock.patch.object(CoordinatorService, "run_round", run_round),
+            mock.patch.object(Round, "sent", return_value=None),
+        ):
+            yield
+
+    return planted()
 
 
 BUGS: dict[str, Bug] = {
@@ -273,5 +281,5 @@ BUGS: dict[str, Bug] = {
     "the coordinator proposes a second view": _second_view,
     "the coordinator leaves masks of the dropped": _forgets_the_dropped,
     "the coordinator gives up on a full disk": _gives_up_on_a_full_disk,
-    "the coordinator calls while it is offline": _calls_while_offline,
+    "the coordinator waits while it cannot be heard": _waits_unheard,
 }

@@ -27,6 +27,7 @@ TESTS = Path(__file__).parents[1]
 
 FOUND = {
     53: "a coordinator without a broker let a round's time to gather run out before it was called",
+    13425: "the same, of a connection that was lost just before the call could go out",
 }
 """Seeds that broke something once."""
 
@@ -106,6 +107,7 @@ FOUND_BY = {
     "the coordinator leaves masks of the dropped": (2, "has a wrong sum"),
     "the coordinator proposes a second view": (0, "two view proposals"),
     "the coordinator gives up on a full disk": (6, "the run fails"),
+    "the coordinator waits while it cannot be heard": (53, "fails in fair weather"),
 }
 AT_MOST = 60
 """Seeds, should the simulation change and others find them."""
