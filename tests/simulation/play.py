@@ -3,11 +3,14 @@
 import gc
 import multiprocessing
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-from simulation.world import Verdict, play
+from simulation.world import Verdict, play, quick_place
 
 TAIL = 60
 """Lines of the trace that a failure is shown with."""
@@ -44,8 +47,12 @@ def verdicts(seeds: Iterable[int], jobs: int) -> Iterator[Verdict]:
         yield from map(play, seeds)
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(jobs, initializer=_alone) as pool:
-        yield from pool.imap_unordered(play, seeds, chunksize=4)
+    # What a process leaves that is ended early goes with the folder.
+    with (
+        tempfile.TemporaryDirectory(prefix="covey-simulations-", dir=quick_place()) as place,
+        context.Pool(jobs, initializer=_alone) as pool,
+    ):
+        yield from pool.imap_unordered(partial(play, place=Path(place)), seeds, chunksize=4)
 
 
 def _alone() -> None:

@@ -20,7 +20,7 @@ from simulation.bugs import BUGS, never_repeats
 from simulation.disk import Disk, installed
 from simulation.faults import KINDS, plan
 from simulation.loop import Crash, Loop, Process
-from simulation.play import command, report
+from simulation.play import command, play_many, report
 from simulation.world import COORDINATOR, play
 
 TESTS = Path(__file__).parents[1]
@@ -132,6 +132,17 @@ def test_a_failure_names_what_broke_and_the_command_that_does_it_again():
     assert "has a wrong sum" in text
     assert f"python -m simulation --seed {verdict.seed} --faults " in text
     assert command(3, ("loss",), ("loss",)).endswith("--seed 3 --trace")
+
+
+def test_many_seeds_are_tallied_until_some_break():
+    said: list[str] = []
+    tally = play_many(range(3), 1, said.append)
+    assert (tally.seeds, tally.broken) == (3, None)
+    with BUGS["a device checks in before it saves"]():
+        tally = play_many(range(100), 1, said.append, most=2)
+    assert len(tally.broken or []) == 2
+    assert tally.seeds < 10
+    assert "2 broken" in said[-1]
 
 
 # -- what it stands on -----------------------------------------------------------------------------

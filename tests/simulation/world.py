@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -639,16 +640,27 @@ def _disk_of(world: World, process: Process) -> Disk:
     return world.machines[process.name].disk
 
 
-def play(seed: int, *, kinds: tuple[str, ...] | None = None, traced: bool = False) -> Verdict:
-    """Play one seed. The same seed and kinds give the same trace, whatever the machine."""
+def quick_place() -> Path | None:
+    """Where files cost least; None: where temporary ones go."""
     memory = Path("/dev/shm")
-    directory = Path(
-        tempfile.mkdtemp(prefix="covey-simulation-", dir=memory if memory.is_dir() else None)
-    )
+    return memory if memory.is_dir() else None
+
+
+def play(
+    seed: int,
+    *,
+    kinds: tuple[str, ...] | None = None,
+    traced: bool = False,
+    place: Path | None = None,
+) -> Verdict:
+    """Play one seed. The same seed and kinds give the same trace, whatever the machine. place: for its
+    files, which are removed."""
+    directory = Path(tempfile.mkdtemp(prefix="covey-simulation-", dir=place or quick_place()))
     try:
         with (
             quick_crypto(_ephemeral),
             mock.patch.object(chunks, "CHUNK_BYTES", CHUNK_BYTES),
+            mock.patch.object(shutil, "disk_usage", return_value=SimpleNamespace(free=10**12)),
             warnings.catch_warnings(),
         ):
             # What a process that dies was about to do is never done.
