@@ -10,6 +10,7 @@ Commands and a running `covey up` change these files at the same time: whoever c
 
 import contextlib
 import fcntl
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import msgspec
 
 from covey_coordinator.files import storage_error, write_atomic
 from covey_shared.config import unreadable
-from covey_shared.errors import ConfigError
+from covey_shared.errors import ConfigError, LocalProtocolError
 from covey_shared.messages import DeviceId
 
 MAX_REFUSALS = 20
@@ -91,12 +92,18 @@ class DeviceBook:
 
     def __init__(self, fleet: Path) -> None:
         self._fleet = fleet
+        self._holding = threading.local()
 
     # -- changing -----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Nobody else changes anything meanwhile, in this process or another. Raises StorageError."""
+        """Nobody else changes anything meanwhile, in this process or another. Raises StorageError.
+
+        Not within itself: that would wait for ever, and is a LocalProtocolError instead.
+        """
+        if getattr(self._holding, "here", False):
+            raise LocalProtocolError("the book of devices is held already")
         path = self._fleet / ".changing"
         try:
             lock = path.open("w")
@@ -104,7 +111,11 @@ class DeviceBook:
             raise storage_error("write", path, error) from error
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            self._holding.here = True
+            try:
+                yield
+            finally:
+                self._holding.here = False
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from covey_coordinator.config import BrokerConfig, load_fleet
 from covey_coordinator.fleet import DAY_S, DEVICE_USER, FleetDirectory, check_name
 from covey_coordinator.kept_broker import tls_of
 from covey_device.assembly import concerns, load_device
-from covey_shared.errors import ConfigError, StorageError
+from covey_shared.errors import ConfigError, LocalProtocolError, StorageError
 from tls_files import make_tls_files
 
 NOW = int(time.time())
@@ -446,3 +446,12 @@ def test_a_local_device_is_revoked_too(fleet: FleetDirectory):
         fleet.revoke("pi-2", 0)
     with pytest.raises(ConfigError, match="has its certificate from `covey device add`"):
         fleet.want_renewal("pi-1", 0)
+
+
+def test_the_book_of_devices_is_not_held_twice_by_one(tmp_path: Path):
+    """It would wait for itself for ever."""
+    fleet = FleetDirectory.create(tmp_path / "fleet", "farm", BrokerConfig())
+    with fleet.book.held(), pytest.raises(LocalProtocolError, match="held already"):
+        fleet.book.held().__enter__()
+    with fleet.book.held():
+        pass

@@ -110,7 +110,7 @@ def revoke(fleet: FleetDirectory, name: str, grant: Grant) -> None:
     entry = Revoked(device=DeviceId(name), identity="", unix=1, grants=[grant])
     with fleet.book.changing():
         fleet.book.revoke(entry)
-        fleet.refresh_tls(load_fleet(fleet.path), int(time.time()))
+    fleet.refresh_tls(load_fleet(fleet.path), int(time.time()))
 
 
 def may_enter(port: int, context: ssl.SSLContext) -> bool:

@@ -56,8 +56,8 @@ def write_configuration(
     if not installed.is_absolute():
         raise ConfigError(f"--install-dir {installed}: give the whole path, from / on")
     port = config.broker_port
-    with fleet.book.changing():
-        fleet.refresh_tls(config, now_unix)  # it may be what covey up would have done
+    fleet.refresh_tls(config, now_unix)  # it may be what covey up would have done
+    with fleet.book.held():
         access = access_of(fleet, config)
     if config.broker.url is not None:
         url = parse_broker_url(config.broker.url)
