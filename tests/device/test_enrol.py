@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from covey_coordinator import pki
 from covey_coordinator.config import load_fleet
-from covey_coordinator.fleet_ca import certify, fingerprint
+from covey_coordinator.fleet_ca import certify
 from covey_device import enrol
 from covey_device.assembly import concerns, load_device
 from covey_device.audit import AuditLog
@@ -39,7 +39,7 @@ from covey_shared.errors import (
     StorageError,
     TransportError,
 )
-from covey_shared.keys import SigningKey
+from covey_shared.keys import SigningKey, in_groups
 from enrolment_lab import HOST, Impostor, Lab, relayed, server_context
 
 FOREVER = 2**32
@@ -112,7 +112,7 @@ def test_the_command_says_what_it_did(
     name = next(names)
     token = lab.token(name)
     arguments = ["--config", str(config), "--data", str(tmp_path / "mine.npz")]
-    ca = fingerprint(lab.fleet.trust.ca)
+    ca = in_groups(lab.fleet.trust.ca)
     done = CliRunner().invoke(
         main, ["join", "-", *arguments, "--expect-ca", ca], input=token.encode() + "\n"
     )
@@ -121,7 +121,7 @@ def test_the_command_says_what_it_did(
     assert lines[:2] == [f"joined fleet farm as {name}", f"fleet CA: {ca}"]
     record = lab.fleet.book.record(name)
     assert record is not None
-    assert lines[2] == f"identity: {fingerprint(record.key)}"
+    assert lines[2] == f"identity: {in_groups(record.key)}"
     assert lines[-2:] == [f"configuration: {config}", f"next: covey-device run --config {config}"]
     said = done.output + caplog.text + "".join(lab.said)
     assert token.encode()[-22:] not in said
@@ -130,7 +130,7 @@ def test_the_command_says_what_it_did(
     assert checked.exit_code == 0, checked.output
     lines = checked.stdout.splitlines()
     assert lines[0] == f"device {name} of fleet farm"
-    assert f"identity: {fingerprint(record.key)}" in lines
+    assert f"identity: {in_groups(record.key)}" in lines
     assert f"fleet CA: {ca}" in lines
     assert [line.split(":")[0] for line in lines[3:7]] == [
         "broker", "identity certificate", "TLS certificate", "renewal",
