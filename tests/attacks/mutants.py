@@ -85,6 +85,9 @@ FIRST = {
 CHECKS = ("check", "_check_", "check_", "_refuse_", "verified_", "forget")
 SHIFTED = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}
 
+# A mutant may loop for ever; no test here takes half as long on a busy machine.
+ENDLESS = "--timeout=120"
+
 # That a property fails is enough; the smallest example of it takes most of the time.
 NO_SHRINKING = """
 import hypothesis
@@ -185,7 +188,7 @@ def noticed_by(copy: Path, first: str) -> str | None:
     folders = [str(copy / folder) for folder in ("shared", "coordinator", "device", "deploy")]
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests],
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", ENDLESS, *tests],
             cwd=copy,
             env={"PYTHONPATH": ":".join(folders), "PATH": "/usr/bin:/bin", "HOME": str(copy)},
             capture_output=True,
