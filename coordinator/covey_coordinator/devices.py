@@ -14,19 +14,18 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
-from covey_coordinator.files import storage_error, write_atomic
+from covey_coordinator.files import read_json, storage_error, write_atomic
 from covey_shared.config import unreadable
-from covey_shared.errors import ConfigError, LocalProtocolError
+from covey_shared.errors import LocalProtocolError
 from covey_shared.messages import DeviceId
 
 MAX_REFUSALS = 20
 """Of each device, the latest are kept."""
 
-T = TypeVar("T", bound=msgspec.Struct)
+MEND = "restore it"
 
 
 class Grant(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -151,12 +150,12 @@ class DeviceBook:
 
     def record(self, name: str) -> DeviceRecord | None:
         """What is known of a device; None if nothing. Raises ConfigError."""
-        return _read(self.directory(name) / "record.json", DeviceRecord)
+        return read_json(self.directory(name) / "record.json", DeviceRecord, mend=MEND)
 
     def records(self) -> list[DeviceRecord]:
         """All devices that were enrolled, by name. Raises ConfigError."""
         paths = sorted((self._fleet / "devices").glob("*/record.json"))
-        found = (_read(path, DeviceRecord) for path in paths)
+        found = (read_json(path, DeviceRecord, mend=MEND) for path in paths)
         return [record for record in found if record is not None]
 
     def save(self, record: DeviceRecord) -> None:
@@ -187,7 +186,7 @@ class DeviceBook:
 
     def revoked(self) -> list[Revoked]:
         """Everything that was revoked. Raises ConfigError: forgetting it would let it in again."""
-        found = _read(self._fleet / "revoked.json", _Revocations)
+        found = read_json(self._fleet / "revoked.json", _Revocations, mend=MEND)
         return [] if found is None else found.revoked
 
     def revoke(self, entry: Revoked) -> None:
@@ -213,16 +212,3 @@ def revoked_serials(entries: Iterable[Revoked], now_unix: int) -> set[int]:
         for grant in entry.grants
         if grant.not_after_unix > now_unix
     }
-
-
-def _read(path: Path, kind: type[T]) -> T | None:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise unreadable(path, error) from error
-    try:
-        return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is damaged ({error}); restore it") from error

@@ -1,14 +1,20 @@
 """Files that are whole or not there, whenever the power goes.
 
 What is in them is `store`'s and `fleet`'s business. Every function blocks for as long as the disk
-does, raises StorageError naming the path, and can be called again after it did.
+does; those that write raise StorageError naming the path, and can be called again after they did.
 """
 
 import contextlib
 import os
 from pathlib import Path
+from typing import TypeVar
 
-from covey_shared.errors import StorageError
+import msgspec
+
+from covey_shared.config import unreadable
+from covey_shared.errors import ConfigError, StorageError
+
+T = TypeVar("T")
 
 _TAIL_BYTES = 64 * 1024
 
@@ -34,6 +40,23 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = 
         with contextlib.suppress(OSError):
             fresh.unlink(missing_ok=True)
         raise storage_error("write", path, error) from error
+
+
+def read_json(path: Path, kind: type[T], *, mend: str) -> T | None:
+    """A small file of one value; None if there is none. mend: what to do with one that is damaged.
+
+    Raises ConfigError: unlike a write, trying again would not help.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise unreadable(path, error) from error
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); {mend}") from error
 
 
 def append_line(path: Path, line: bytes) -> None:

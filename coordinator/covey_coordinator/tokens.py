@@ -10,10 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from covey_coordinator.files import storage_error, write_atomic
+from covey_coordinator.files import read_json, storage_error, write_atomic
 from covey_shared import keys
-from covey_shared.config import unreadable
-from covey_shared.errors import ConfigError
 from covey_shared.messages import DeviceId
 
 KEEP_S = 30 * 86_400
@@ -59,7 +57,7 @@ class TokenBook:
     def find(self, secret: bytes) -> tuple[str, TokenRecord] | None:
         """Its hash and what is known of it; None for a secret that nobody made here."""
         hash_ = token_hash(secret)
-        record = self._read(self._file(hash_))
+        record = read_json(self._file(hash_), TokenRecord, mend="remove it")
         return None if record is None else (hash_, record)
 
     def save(self, hash_: str, record: TokenRecord) -> None:
@@ -74,7 +72,10 @@ class TokenBook:
 
     def all(self) -> dict[str, TokenRecord]:
         """Hash -> token, in no order. Raises ConfigError."""
-        found = {path.stem: self._read(path) for path in self._path.glob("*.json")}
+        found = {
+            path.stem: read_json(path, TokenRecord, mend="remove it")
+            for path in self._path.glob("*.json")
+        }
         return {hash_: record for hash_, record in found.items() if record is not None}
 
     def open(self, now_unix: float) -> list[TokenRecord]:
@@ -89,16 +90,3 @@ class TokenBook:
             self._file(hash_).unlink(missing_ok=True)
         except OSError as error:
             raise storage_error("remove", self._file(hash_), error) from error
-
-    @staticmethod
-    def _read(path: Path) -> TokenRecord | None:
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise unreadable(path, error) from error
-        try:
-            return msgspec.json.decode(data, type=TokenRecord)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise ConfigError(f"{path} is damaged ({error}); remove it") from error
