@@ -148,6 +148,9 @@ class Lab:
             "n_min": 3,
             "plan_signatures": (),
             "gather_s": 10.0,
+            "chance": 1.0,
+            "spread_s": 0.0,
+            "reconnect_s": 0.0,
         }
         return RoundCall(**(fields | changes))  # type: ignore[arg-type]
 

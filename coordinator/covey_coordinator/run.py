@@ -132,6 +132,9 @@ class Run:
             n_min=config.cohort.minimum,
             plan_signatures=self.bundle.signatures,
             gather_s=config.deadlines.gather_s,
+            chance=1.0,
+            spread_s=0.0,
+            reconnect_s=0.0,
         )
         self._spec = RoundSpec(
             call=call,

@@ -48,6 +48,9 @@ MAX_REASON_CHARS = 300
 MAX_RANGES = 64
 MAX_PLAN_SIGNATURES = 4
 
+MAX_PACE_S = 3600.0
+"""Longest time over which a coordinator may have devices spread what they do."""
+
 DeviceId = NewType("DeviceId", str)
 RunId = NewType("RunId", bytes)
 ManifestDigest = NewType("ManifestDigest", bytes)
@@ -69,6 +72,7 @@ Envelope = Annotated[bytes, Meta(min_length=66, max_length=MAX_ENVELOPE_BYTES)]
 Size = Annotated[int, Meta(ge=1, le=2**40)]
 Unix = Annotated[int, Meta(ge=0, le=2**40)]
 Seconds = Annotated[float, Meta(gt=0, le=30 * 86400)]
+PaceSeconds = Annotated[float, Meta(ge=0, le=MAX_PACE_S)]
 Reason = Annotated[str, Meta(max_length=MAX_REASON_CHARS)]
 Box = Annotated[
     bytes,
@@ -112,6 +116,10 @@ class RoundCall(Message, frozen=True):
     plan: hash of the plan's header. model: hash of the flat float32 vector. revision: how many
     rounds on this very model came as far as uploads before (see `device.session` on contributing
     once). plan_signatures: envelopes of PlanSignature, for devices that run owners' plans only.
+
+    The last three steer the pace of a large fleet. chance: with which each device, by its own draw,
+    answers the call at all. spread_s: the window over which those that do spread their answers.
+    reconnect_s: the window over which all spread their return after their next lost connection.
     """
 
     CODE: ClassVar[int] = 2
@@ -128,6 +136,9 @@ class RoundCall(Message, frozen=True):
     n_min: Annotated[int, Meta(ge=2, le=MAX_COHORT)]
     plan_signatures: Annotated[tuple[Envelope, ...], Meta(max_length=MAX_PLAN_SIGNATURES)]
     gather_s: Seconds
+    chance: Annotated[float, Meta(gt=0, le=1)]
+    spread_s: PaceSeconds
+    reconnect_s: PaceSeconds
 
 
 class CheckIn(Message, frozen=True):

@@ -10,6 +10,7 @@ longer understand, or no longer cancel the masks of, those of the other. Then `k
 Everything is derived from fixed seeds, so a second run writes the same bytes.
 """
 
+import math
 from typing import Any
 
 import msgspec
@@ -121,6 +122,9 @@ def instances() -> list[tuple[str, Message]]:
                 n_min=2,
                 plan_signatures=(_plan_signature(),),
                 gather_s=20.0,
+                chance=0.75,
+                spread_s=2.5,
+                reconnect_s=30.0,
             ),
         ),
         (PI_A, wire.decode_as(messages.CheckIn, check_ins[0]).message),
@@ -180,11 +184,14 @@ def _refused() -> list[dict[str, str]]:
     assert body == b"\x95\xa3lab" + run + b"\x07" + rest
     call = next(m for _, m in instances() if isinstance(m, messages.RoundCall))
     call_envelope = wire.sign(call, _key("coordinator")).envelope
-    double, single = (
-        b"\xcb" + np.float64(20).tobytes()[::-1],
-        b"\xca" + np.float32(20).tobytes()[::-1],
-    )
-    assert call_envelope.endswith(double)
+    # Its last four fields are numbers of 9 bytes each, of which the first may not be zero.
+    before, after, last = call_envelope[:-36], call_envelope[-27:], call_envelope[:-9]
+
+    def double(value: float) -> bytes:
+        return b"\xcb" + np.float64(value).tobytes()[::-1]
+
+    assert call_envelope == before + double(20) + double(0.75) + double(2.5) + double(30)
+    single = b"\xca" + np.float32(20).tobytes()[::-1]
     cases = {
         "empty": b"",
         "no body": prefix,
@@ -227,11 +234,16 @@ def _refused() -> list[dict[str, str]]:
         "name with a newline at its end": prefix + b"\x95\xa4lab\n" + body[5:],
         "name with a slash": prefix + b"\x95\xa3l/b" + body[5:],
         "extension type": prefix + b"\x95\xd4\x01\x00" + body[5:],
-        "float in 32 bits": call_envelope[:-9] + single,
-        "float as an integer": call_envelope[:-9] + b"\x14",
-        "float that is not a number": call_envelope[:-9] + b"\xcb\x7f\xf8" + bytes(6),
-        "float that is infinite": call_envelope[:-9] + b"\xcb\x7f\xf0" + bytes(6),
-        "float that is zero": call_envelope[:-9] + b"\xcb" + bytes(8),
+        "float in 32 bits": before + single + after,
+        "float as an integer": before + b"\x14" + after,
+        "float that is not a number": before + b"\xcb\x7f\xf8" + bytes(6) + after,
+        "float that is infinite": before + b"\xcb\x7f\xf0" + bytes(6) + after,
+        "float that is zero": before + double(0) + after,
+        "no chance": before + double(20) + double(0) + after[9:],
+        "a chance above one": before + double(20) + double(1.01) + after[9:],
+        "a pace that is not a number": last + double(math.nan),
+        "a pace below zero": last + double(-1),
+        "a pace of more than an hour": last + double(3600.1),
     }
     return [{"comment": comment, "envelope": data.hex()} for comment, data in cases.items()]
 

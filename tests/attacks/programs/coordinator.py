@@ -91,6 +91,9 @@ class Realm:
             "n_min": 3,
             "plan_signatures": (),
             "gather_s": 60.0,
+            "chance": 1.0,
+            "spread_s": 0.0,
+            "reconnect_s": 0.0,
         }
         return RoundCall(**(fields | changes))
 
