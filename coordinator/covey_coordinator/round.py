@@ -6,22 +6,36 @@ deadline. What a phase then has decides: the next phase, or an abandoned round w
 
 Duplicates are harmless: the same bytes again change nothing, other bytes in their place are
 equivocation, reported and ignored. Unanswered messages are repeated every `resend_s`.
+
+A round outlives its process: what counts is given to `record`, and `restore` plays it back. So deciding
+that a phase ends (`_end_...`, which looks at clocks and at who is there) and entering the next one
+(`_enter_...`, which follows from what counts alone) are two things.
 """
 
-import enum
 import hashlib
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import TypeVar, cast
 
+from covey_coordinator.journal import Added, Entered, Entry, JournalError
+from covey_coordinator.phases import (
+    TRANSITIONS,
+    Abandoned,
+    Action,
+    Completed,
+    Event,
+    Expect,
+    Fault,
+    Moved,
+    Phase,
+    Publish,
+    RoundSpec,
+)
 from covey_shared import keys, wire
-from covey_shared.errors import LocalProtocolError, RefusedError, RemoteProtocolError
+from covey_shared.errors import CoveyError, LocalProtocolError, RefusedError, RemoteProtocolError
 from covey_shared.fixedpoint import Encoding, pack
 from covey_shared.keys import AgreementKey, Rng, SigningKey
 from covey_shared.masking import Ring
 from covey_shared.messages import (
-    MAX_COHORT,
     MAX_REASON_CHARS,
     CheckIn,
     Decline,
@@ -36,12 +50,10 @@ from covey_shared.messages import (
     Roster,
     RosterVote,
     RoundAbandoned,
-    RoundCall,
     Shares,
     View,
     ViewProposal,
     ViewVote,
-    Work,
     for_display,
 )
 from covey_shared.secagg import rules
@@ -50,138 +62,34 @@ from covey_shared.secagg.cohort import Cohort, Trust, check_ins_digest
 from covey_shared.secagg.parameters import PRG, parameters_for
 from covey_shared.wire import Signed
 
+__all__ = [
+    "TRANSITIONS",
+    "Abandoned",
+    "Action",
+    "Completed",
+    "Event",
+    "Expect",
+    "Fault",
+    "Moved",
+    "Phase",
+    "Publish",
+    "Round",
+    "RoundSpec",
+    "new_run_id",
+]
+
 M = TypeVar("M", bound=Message)
 
-
-class Phase(enum.Enum):
-    """Where a round stands."""
-
-    GATHER = "gather"  # the call is out; check-ins come
-    SHARE = "share"  # the manifest is out; boxes of shares come
-    ROSTER = "roster"  # boxes are delivered; votes for the roster come
-    COLLECT = "collect"  # the roster is out; masked updates come
-    VIEW = "view"  # the view is proposed; votes for it come
-    UNMASK = "unmask"  # the view stands; shares come
-    DONE = "done"
-    ABANDONED = "abandoned"
-
-
-class Event(enum.Enum):
-    """How a phase ends."""
-
-    ENOUGH = "enough"
-    TOO_FEW = "too few"
-
-
-_P = Phase
 _ORDER = list(Phase)
-TRANSITIONS: dict[Phase, dict[Event, Phase]] = {
-    _P.GATHER: {Event.ENOUGH: _P.SHARE, Event.TOO_FEW: _P.ABANDONED},
-    _P.SHARE: {Event.ENOUGH: _P.ROSTER, Event.TOO_FEW: _P.ABANDONED},
-    _P.ROSTER: {Event.ENOUGH: _P.COLLECT, Event.TOO_FEW: _P.ABANDONED},
-    _P.COLLECT: {Event.ENOUGH: _P.VIEW, Event.TOO_FEW: _P.ABANDONED},
-    _P.VIEW: {Event.ENOUGH: _P.UNMASK, Event.TOO_FEW: _P.ABANDONED},
-    _P.UNMASK: {Event.ENOUGH: _P.DONE, Event.TOO_FEW: _P.ABANDONED},
-    _P.DONE: {},
-    _P.ABANDONED: {},
-}
-
-
-@dataclass(frozen=True, slots=True)
-class RoundSpec:
-    """Everything about a round that is settled before it opens.
-
-    goal: updates that are enough. over_selection: how many more devices are chosen, as a fraction,
-    so that the goal is met without the slowest. n_min: fewest devices in a sum. Durations in
-    seconds: of each phase, between repeats, and how long an absent device is waited for.
-    """
-
-    call: RoundCall
-    n_params: int
-    work: Work
-    goal: int
-    over_selection: float = 0.0
-    value_bits: int = 16
-    clip: float = 1.0
-    metric_clips: tuple[float, ...] = ()
-    w_max: int = 1000
-    share_s: float = 30.0
-    collect_s: float = 600.0
-    unmask_s: float = 30.0
-    resend_s: float = 5.0
-    absent_grace_s: float = 3.0
-
-    @property
-    def cohort_limit(self) -> int:
-        """Most devices that are chosen."""
-        return min(
-            MAX_COHORT, max(self.call.n_min, math.ceil(self.goal * (1 + self.over_selection)))
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Publish:
-    """Send to all devices, or to one; retain: the broker keeps it (the call)."""
-
-    message: Signed[Message]
-    to: DeviceId | None = None
-    retain: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Expect:
-    """Accept chunks of this device's upload; hand the whole to `Round.uploaded`."""
-
-    device: DeviceId
-    h: bytes
-    payload: bytes
-    payload_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """A device broke a rule, as far as the protocol can tell; for the log and the registry."""
-
-    device: DeviceId
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """The round entered a phase; for the progress view and the log."""
-
-    phase: Phase
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class Completed:
-    """The exact sum of the survivors' encoded updates. Answer with `Round.publish_result`."""
-
-    ring_sum: Ring = field(repr=False)
-    encoding: Encoding
-    survivors: tuple[DeviceId, ...]
-    dropped: tuple[DeviceId, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Abandoned:
-    """The round ended without a sum. after_uploads: some device may have sent its update."""
-
-    reason: str
-    after_uploads: bool
-    blamed: tuple[DeviceId, ...] = ()
-
-
-Action = Publish | Expect | Fault | Moved | Completed | Abandoned
 
 
 class Round:
     """The coordinator's side of one round.
 
     trust: the fleet's public keys. key: the coordinator's signing key. admit: (device, identity) ->
-    why it may not take part, or None. present: devices online as far as is known. record: given each
-    message that counts, once and in order: those accepted, and those said to all.
+    why it may not take part, or None. present: devices online as far as is known. record: given what
+    counts, once and in order, before any action that follows from it (see `journal`). reveal_secret: of
+    a round that is taken up again; None: a new one.
     """
 
     def __init__(
@@ -193,7 +101,8 @@ class Round:
         rng: Rng,
         present: frozenset[DeviceId],
         admit: Callable[[DeviceId, bytes], str | None] = lambda device, identity: None,
-        record: Callable[[Signed[Message]], None] = lambda signed: None,
+        record: Callable[[Entry], None] = lambda entry: None,
+        reveal_secret: bytes | None = None,
     ) -> None:
         self.spec = spec
         self._record = record
@@ -204,7 +113,7 @@ class Round:
         self._present = set(present)
         self.phase = Phase.GATHER
         self._entered = self._last_sent = 0.0
-        self._reveal_secret = rng(32)
+        self._reveal_secret = rng(32) if reveal_secret is None else reveal_secret
         self._reveal_key = AgreementKey(self._reveal_secret)
         self._check_ins: dict[DeviceId, Signed[CheckIn]] = {}
         self._key_owners: dict[bytes, DeviceId] = {}
@@ -221,6 +130,9 @@ class Round:
         self._standing: list[Publish] = []  # what the phase keeps repeating to who has not answered
         self._deliveries: list[Publish] = []  # repeated until their member votes
         self._tried_to_unmask = False
+        # Of a journal that is played back: what was left to chance, and why it was given up.
+        self._manifest: Signed[Manifest] | None = None
+        self._reason = ""
 
     # -- what happens -----------------------------------------------------------------------------
 
@@ -228,7 +140,93 @@ class Round:
         """Call the round."""
         self._entered = self._last_sent = now
         self._standing = [Publish(self._said(self.spec.call), retain=True)]
+        self._record(Entered(Phase.GATHER))
         return [*self._standing, Moved(Phase.GATHER, f"{len(self._present)} devices present")]
+
+    def restore(
+        self,
+        entries: Iterable[Entry],
+        uploaded: Callable[[DeviceId], bytes],
+        now: float,
+    ) -> list[Action]:
+        """Instead of `open`: go on where another process left off, whose journal this is.
+
+        uploaded: gives the whole of an update that was added. The phase's waiting begins anew, and all
+        that it repeats is said at once. Everybody who is awaited counts as present until we hear
+        otherwise. Nothing is recorded again.
+
+        Raises JournalError (the machine is of no use then), and what `uploaded` raises.
+        """
+        kept, replayed, actions = list(entries), list[Entry](), list[Action]()
+        if not kept:
+            return self.open(now)
+        live, self._record = self._record, replayed.append
+        admit, self._admit = self._admit, lambda device, identity: None  # they were admitted
+        try:
+            for position, entry in enumerate(kept):
+                actions += self._again(entry, kept[position + 1 :], uploaded, now)
+        except CoveyError as error:
+            raise JournalError(f"the journal cannot be followed: {error}") from error
+        finally:
+            self._record, self._admit = live, admit
+        if replayed != kept:
+            raise JournalError("the journal leads to other messages than it has")
+        self._present |= self._awaited_names() | set(self._check_ins)
+        if self.over:
+            return actions
+        return [*actions, Moved(self.phase, "taken up again"), *self._repeats()]
+
+    def _again(
+        self,
+        entry: Entry,
+        following: list[Entry],
+        uploaded: Callable[[DeviceId], bytes],
+        now: float,
+    ) -> list[Action]:
+        """One entry of the journal. What we said follows from the others, but for the manifest."""
+        match entry:
+            case Entered(phase):
+                actions = self._enter_again(phase, now)
+                ends = [a for a in actions if isinstance(a, Completed | Abandoned)]
+                return actions if ends and not following else []
+            case Added(device):
+                self._add(device, uploaded(device))
+            case Fault():
+                self._record(entry)
+                return [entry]
+            case Signed(
+                CheckIn() | Decline() | Shares() | RosterVote() | MaskedUpdate() as message
+            ):
+                return self._take(
+                    entry, message.member if isinstance(message, RosterVote) else message.device, 0
+                )
+            case Signed(ViewVote() | Reveal() as message):
+                return self._take(entry, message.member, 0)
+            case Signed(Manifest() as manifest):
+                self._manifest = Signed(manifest, entry.envelope)
+            case Signed(RoundAbandoned(reason=reason)):
+                self._reason = reason
+        return []
+
+    def _enter_again(self, phase: Phase, now: float) -> list[Action]:
+        """Enter the phase that was entered; whether to is not asked."""
+        if phase is Phase.GATHER:
+            return self.open(now)
+        if phase is Phase.ABANDONED:
+            return self._abandon(self._reason)
+        if TRANSITIONS[self.phase].get(Event.ENOUGH) is not phase:
+            raise JournalError(f"from phase {self.phase.value} to {phase.value}")
+        if phase is Phase.SHARE:
+            if self._manifest is None:
+                raise JournalError("a cohort without a manifest")
+            return self._enter_share(self._manifest, now)
+        return {
+            Phase.ROSTER: self._enter_roster,
+            Phase.COLLECT: self._enter_collect,
+            Phase.VIEW: self._enter_view,
+            Phase.UNMASK: self._enter_unmask,
+            Phase.DONE: self._enter_done,
+        }[phase](now)
 
     def sent(self, now: float) -> None:
         """What opened the phase has gone out: only now can anybody answer, and the waiting begins."""
@@ -240,33 +238,40 @@ class Round:
         Raises RemoteProtocolError, with nothing changed, for what is not a sound message of this
         round by that device.
         """
-        signed = wire.decode(data)
+        return self._take(wire.decode(data), sender, now_unix) + self._advance(now, now_unix)
+
+    def _take(self, signed: Signed[Message], sender: DeviceId, now_unix: int) -> list[Action]:
         message = signed.message
         match message:
             case CheckIn():
-                actions = self._check_in(Signed(message, signed.envelope), sender, now_unix)
+                return self._check_in(Signed(message, signed.envelope), sender, now_unix)
             case Decline():
-                actions = self._decline(Signed(message, signed.envelope), sender)
+                return self._decline(Signed(message, signed.envelope), sender)
             case Shares() | RosterVote() | MaskedUpdate() | ViewVote() | Reveal():
-                actions = self._in_cohort(signed, sender)
+                return self._in_cohort(signed, sender)
             case _:
                 raise RefusedError(f"a {message.LABEL} is not for the coordinator")
-        return actions + self._advance(now, now_unix)
 
     def uploaded(self, device: DeviceId, payload: bytes, now: float, now_unix: int) -> list[Action]:
         """The whole of an expected upload, its digest checked. Late ones are dropped.
 
         Raises MalformedError, with nothing changed, for one that is not a packed update.
         """
-        cohort, aggregator = self.cohort, self._aggregator
-        if self.phase is not Phase.COLLECT or cohort is None or aggregator is None:
+        if self.phase is not Phase.COLLECT:
             return []
+        self._add(device, payload)
+        return self._advance(now, now_unix)
+
+    def _add(self, device: DeviceId, payload: bytes) -> None:
+        cohort, aggregator = self.cohort, self._aggregator
+        if cohort is None or aggregator is None or self.phase is not Phase.COLLECT:
+            raise LocalProtocolError(f"an upload of {device} while there is no sum")
         index = cohort.index_of(device)
         if index not in self._updates:
             raise LocalProtocolError(f"an upload of {device} that was not expected")
         if index not in aggregator.added:
             aggregator.add(index, payload)
-        return self._advance(now, now_unix)
+            self._record(Added(device))
 
     def presence(self, device: DeviceId, online: bool, now: float, now_unix: int) -> list[Action]:
         """A hint that a device came or went. Nothing but waiting times hangs on it."""
@@ -357,7 +362,7 @@ class Round:
         if (reason := self._admit(sender, identity)) is not None:
             raise RefusedError(f"{sender} may not take part: {reason}", sender=sender)
         if before is not None:
-            return [Fault(sender, "two different check-ins for one round: equivocation")]
+            return self._fault(sender, "two different check-ins for one round: equivocation")
         if self.phase is Phase.GATHER:
             # One copied key would make every device refuse the manifest. Whoever comes second is
             # kept out; which of the two copied is not known.
@@ -409,11 +414,9 @@ class Round:
             return []
         signed.check(cohort.peers[index].identity, signer=sender)
         if before is not None:
-            return [
-                Fault(
-                    sender, f"two different messages ({message.LABEL}) in one round: equivocation"
-                )
-            ]
+            return self._fault(
+                sender, f"two different messages ({message.LABEL}) in one round: equivocation"
+            )
         actions = self._verified(cohort, index, signed)
         store[index] = signed
         self._record(signed)
@@ -457,6 +460,11 @@ class Round:
                 )
         return []
 
+    def _fault(self, device: DeviceId, reason: str) -> list[Action]:
+        fault = Fault(device, reason)
+        self._record(fault)
+        return [fault]
+
     @staticmethod
     def _refuse_other_sender(named: object, sender: DeviceId) -> None:
         if named != sender:
@@ -486,6 +494,7 @@ class Round:
         self.phase = TRANSITIONS[self.phase][phase_event]
         self._entered = self._last_sent = now
         self._standing = list(out)
+        self._record(Entered(self.phase))
         return [Moved(self.phase, detail), *out]
 
     def _abandon(self, reason: str, blamed: tuple[DeviceId, ...] = ()) -> list[Action]:
@@ -496,9 +505,11 @@ class Round:
             fleet=call.fleet, run=call.run, round=call.round, reason=reason[:MAX_REASON_CHARS]
         )
         self._standing = []
+        said = Publish(self._said(notice))
+        self._record(Entered(Phase.ABANDONED))
         return [
             Moved(Phase.ABANDONED, reason),
-            Publish(self._said(notice)),
+            said,
             Abandoned(reason, after_uploads, blamed),
         ]
 
@@ -557,11 +568,17 @@ class Round:
         envelopes = tuple(self._check_ins[device].envelope for device in chosen)
         manifest = wire.sign(Manifest(self._head(envelopes, now_unix), envelopes), self._key)
         try:
-            self.cohort = rules.verified_cohort(manifest, self._trust)
+            return self._enter_share(manifest, now)
         except RemoteProtocolError as error:  # a certificate that ended while we gathered
             return self._abandon(f"the devices would refuse this manifest: {error}")
+
+    def _enter_share(self, manifest: Signed[Manifest], now: float) -> list[Action]:
+        """Raises RemoteProtocolError, with nothing changed, for a manifest that devices would refuse."""
+        self.cohort = rules.verified_cohort(manifest, self._trust)
+        if manifest.message.head.pk_reveal != self._reveal_key.public:
+            raise JournalError("the manifest names another reveal key")
         self._record(manifest)
-        return self._enter(Event.ENOUGH, now, f"cohort of {len(chosen)}", Publish(manifest))
+        return self._enter(Event.ENOUGH, now, f"cohort of {self.cohort.n}", Publish(manifest))
 
     def _choose(self, names: list[DeviceId], limit: int) -> list[DeviceId]:
         """A uniform sample, by sorting on random keys."""
@@ -614,12 +631,15 @@ class Round:
     def _end_share(self, now: float, now_unix: int) -> list[Action]:
         if not self._waited(now, self.spec.share_s):
             return []
-        cohort = self._cohort()
-        u2 = frozenset(self._shares)
+        cohort, count = self._cohort(), len(self._shares)
         needed = max(cohort.threshold, cohort.head.n_min)
-        if len(u2) < needed:
-            return self._abandon(self._too_few(cohort, len(u2), "sent their shares", needed))
-        self.roster = u2
+        if count < needed:
+            return self._abandon(self._too_few(cohort, count, "sent their shares", needed))
+        return self._enter_roster(now)
+
+    def _enter_roster(self, now: float) -> list[Action]:
+        cohort = self._cohort()
+        self.roster = u2 = frozenset(self._shares)
         bitmap = cohort.bitmap(u2)
         self._deliveries = [
             Publish(
@@ -655,6 +675,10 @@ class Round:
                 f"{', '.join(cohort.names(set(unread)))}",
                 tuple(cohort.names(denied)),
             )
+        return self._enter_collect(now)
+
+    def _enter_collect(self, now: float) -> list[Action]:
+        cohort = self._cohort()
         self._aggregator = Aggregator(cohort, self.roster, self._reveal_key)
         self._shares.clear()
         roster = Roster(
@@ -668,10 +692,7 @@ class Round:
         )
 
     def _end_collect(self, now: float, now_unix: int) -> list[Action]:
-        cohort, aggregator = self._cohort(), self._aggregator
-        if aggregator is None:
-            raise LocalProtocolError("collecting without a sum")
-        u3 = aggregator.added
+        cohort, u3 = self._cohort(), self._sum().added
         # With over-selection the goal is enough; without it, everyone on the roster is waited for.
         goal_met = self.spec.over_selection > 0 and len(u3) >= self.spec.goal
         if not goal_met and not self._waited(now, self.spec.collect_s):
@@ -680,7 +701,11 @@ class Round:
             return self._abandon(
                 f"{len(u3)} updates arrived; at least {cohort.head.n_min} are needed"
             )
-        self.view = u3
+        return self._enter_view(now)
+
+    def _enter_view(self, now: float) -> list[Action]:
+        cohort = self._cohort()
+        self.view = u3 = self._sum().added
         proposal = ViewProposal(
             h=cohort.h, u2=cohort.bitmap(self.roster), u3=cohort.bitmap(self.view)
         )
@@ -701,6 +726,10 @@ class Round:
             if not self._waited(now, self.spec.unmask_s):
                 return []
             return self._abandon(self._too_few(cohort, len(self._view_votes), "confirmed the view"))
+        return self._enter_unmask(now)
+
+    def _enter_unmask(self, now: float) -> list[Action]:
+        cohort = self._cohort()
         view = View(h=cohort.h, u3=cohort.bitmap(self.view), votes=self._quorum(self._view_votes))
         # Only who voted may reveal: roster and proposal stay among the repeats.
         before = self._standing
@@ -711,9 +740,7 @@ class Round:
         return actions
 
     def _end_unmask(self, now: float, now_unix: int) -> list[Action]:
-        cohort, aggregator = self._cohort(), self._aggregator
-        if aggregator is None:
-            raise LocalProtocolError("unmasking without a sum")
+        cohort = self._cohort()
         waited = self._waited(now, self.spec.unmask_s)
         if len(self._reveals) < cohort.threshold:
             if not waited:
@@ -722,7 +749,7 @@ class Round:
         if self._tried_to_unmask and not waited:
             return []
         try:
-            ring_sum = aggregator.finish()
+            return self._enter_done(now)
         except NotEnoughSharesError as error:
             # More reveals may mend it. Looking for the liar is slow, so that we look once now and
             # once more when everyone who is there has revealed.
@@ -731,6 +758,11 @@ class Round:
                 return []
             blamed = tuple(d for d in error.blamed if d in cohort)
             return self._abandon(str(error), tuple(DeviceId(d) for d in blamed))
+
+    def _enter_done(self, now: float) -> list[Action]:
+        """Raises NotEnoughSharesError, with nothing changed, while a secret cannot be recovered."""
+        cohort, aggregator = self._cohort(), self._sum()
+        ring_sum = aggregator.finish()
         faults: list[Action] = [
             Fault(DeviceId(device), "revealed a share that fits no commitment, or was dealt one")
             for device in sorted(aggregator.liars)
@@ -752,6 +784,11 @@ class Round:
             f"{count} of the committee's {cohort.n} members {did}; "
             f"{needed or cohort.threshold} are needed"
         )
+
+    def _sum(self) -> Aggregator:
+        if self._aggregator is None:
+            raise LocalProtocolError("there is no sum yet")
+        return self._aggregator
 
     def _cohort(self) -> Cohort:
         if self.cohort is None:

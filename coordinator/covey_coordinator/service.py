@@ -53,6 +53,7 @@ from covey_shared.messages import (
 from covey_shared.secagg.cohort import Trust
 from covey_shared.topics import OFFLINE, ONLINE, Topics
 from covey_shared.transport import Incoming, Transport
+from covey_shared.wire import Signed
 
 log = logging.getLogger("covey.coordinator")
 
@@ -245,7 +246,7 @@ class CoordinatorService:
             rng=self._rng,
             present=self.registry.present,
             admit=lambda device, identity: self.registry.admit(device, identity, spec.call.round),
-            record=transcript.message,
+            record=lambda entry: transcript.message(entry) if isinstance(entry, Signed) else None,
         )
         self._round = self._last_round = machine
         try:
