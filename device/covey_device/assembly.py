@@ -20,8 +20,9 @@ from covey_device.keystore import (
     load_certificate,
     load_identity,
 )
+from covey_device.preparation import limits_of, trainer_factory
 from covey_device.renewal import WAITS, Renewal, trust_of
-from covey_device.service import DeviceService, limits_of, trainer_factory
+from covey_device.service import DeviceService
 from covey_device.session import Session
 from covey_shared.config import unreadable
 from covey_shared.errors import ConfigError

@@ -14,8 +14,8 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta
 
+from covey_device.memory import MAX_VOTES, Memory, Vote
 from covey_device.policy import MAX_ROUNDS_PER_DAY, Day
-from covey_device.session import MAX_VOTES, Memory, Vote
 from covey_shared import config, keys, wire
 from covey_shared.errors import ConfigError, CoveyError, RemoteProtocolError, StorageError
 from covey_shared.messages import Certificate

@@ -9,59 +9,44 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Executor
-from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
-from covey_device.audit import Audit
-from covey_device.blobs import BlobFetcher, Ranges
-from covey_device.config import DeviceConfig, LimitsConfig, PolicyFile
-from covey_device.data import DataConfig
-from covey_device.keystore import MemoryFile
-from covey_device.renewal import Renewal
-from covey_device.session import (
+from covey_device.actions import (
     Action,
     Ended,
     Fetch,
+    Pace,
     Prepared,
     Publish,
     Renew,
     Save,
-    Session,
     StopTraining,
     Train,
     Upload,
 )
-from covey_device.trainer import Trainer, TrainResult, Work, load_trainer
-from covey_device.trials import Allowed, Trials
+from covey_device.audit import Audit
+from covey_device.blobs import BlobFetcher, Ranges
+from covey_device.config import PolicyFile
+from covey_device.keystore import MemoryFile
+from covey_device.preparation import Preparation, TrainerFactory, tamed
+from covey_device.renewal import Renewal
+from covey_device.session import Session
+from covey_device.trainer import Work
 from covey_shared import chunks, wire
 from covey_shared.errors import (
     ConfigError,
     CoveyError,
     DataError,
     LocalProtocolError,
-    MalformedError,
-    RefusedError,
     RemoteProtocolError,
     StorageError,
     TransportError,
 )
-from covey_shared.keys import Rng, SigningKey
-from covey_shared.layout import Flat
+from covey_shared.keys import Rng, SigningKey, uniform
 from covey_shared.messages import Decline, DeviceId, Head, Message, RoundCall, WantBlob
 from covey_shared.mqtt import publish_all
-from covey_shared.plan import (
-    MAX_GRAPH_BYTES,
-    MAX_HEADER_BYTES,
-    PlanHeader,
-    check_graph,
-    decode_header,
-    plan_hash,
-)
 from covey_shared.runtime import OUT_OF_MEMORY
 from covey_shared.topics import OFFLINE, ONLINE, Topics
 from covey_shared.transport import Incoming, Transport
@@ -82,8 +67,6 @@ METRICS = ("loss",)
 """What rides along with an update, masked like it: the mean training loss."""
 
 _CALL = bytes((RoundCall.CODE,))
-
-TrainerFactory = Callable[[PlanHeader, bytes], Trainer]
 
 
 class DeviceService:
@@ -117,25 +100,24 @@ class DeviceService:
         self._fleet = fleet
         self.transport = transport
         self._memory = memory
-        self._make_trainer = make_trainer
-        self._limits = limits
         self._policy, self._audit = policy, audit
-        self._limits_in_force = policy.current.limits if policy else None
         self._rng = rng
         self._pool, self._train_pool = pool, train_pool
         self._lock = asyncio.Lock()
-        self._inbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self._inbox: asyncio.Queue[Incoming] = asyncio.Queue()
         self._inbox_bytes = 0
         self._flooded = False
+        self._late = False  # the last call was retained: it may have come long ago
         self._connected = False
         self._outbox: asyncio.Queue[Publish | Upload] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._round_tasks: set[asyncio.Task[None]] = set()
         self._stop_training = threading.Event()
         self._training = asyncio.Lock()
-        self._plan: tuple[bytes, PlanHeader, Trainer] | None = None
-        self._model: tuple[bytes, Flat] | None = None
         self._blobs = BlobFetcher(transport, self._topics, self._ask)
+        self.preparation = Preparation(
+            self._blobs, make_trainer, limits=limits, rng=rng, pool=train_pool, policy=policy
+        )
         self._blob_prefix = self._topics.blob(b"")
         self.on_ended: Callable[[Ended], None] = lambda ended: None
         self.renewal: Renewal | None = None
@@ -215,7 +197,7 @@ class DeviceService:
             self._flooded = True
             return
         self._inbox_bytes += cost
-        self._inbox.put_nowait(incoming.payload)
+        self._inbox.put_nowait(incoming)
 
     async def _on_connected(self) -> None:
         self._connected = True
@@ -240,11 +222,13 @@ class DeviceService:
 
     async def _work(self) -> None:
         while True:
-            data = await self._inbox.get()
+            incoming = await self._inbox.get()
+            data = incoming.payload
             self._inbox_bytes -= len(data) + _MESSAGE_OVERHEAD_BYTES
             self._flooded = self._flooded and bool(self._inbox_bytes)
             try:
                 if data[1:2] == _CALL:
+                    self._late = incoming.retained
                     await self.reload_policy()
                 await self._do(lambda data=data: self._session.receive(data))  # type: ignore[misc]
             except RemoteProtocolError as error:
@@ -366,7 +350,9 @@ class DeviceService:
                 self._stop_training.set()
                 for task in self._round_tasks:
                     task.cancel()
-                self._spawn(self._round_tasks, self._fetch(call))
+                self._spawn(self._round_tasks, self._fetch(call, self._spread_s(call)))
+            case Pace(seconds):
+                self.transport.reconnect_within(seconds)
             case Train(round_id, head):
                 if self.renewal is not None:
                     self.renewal.seen(head.issued_unix)
@@ -415,26 +401,20 @@ class DeviceService:
 
     # -- plan, model, training --------------------------------------------------------------------
 
-    def _take_limits(self) -> None:
-        """The owner's limits as they are when a round begins."""
-        if self._policy is not None and self._policy.current.limits != self._limits_in_force:
-            self._limits_in_force = self._policy.current.limits
-            self._limits = limits_of(self._limits_in_force)
-            self._plan = None  # what was prepared within the old limits
+    def _spread_s(self, call: RoundCall) -> float:
+        """How long to wait, so that the fleet does not fetch and check in at one moment.
 
-    async def _fetch(self, call: RoundCall) -> None:
-        self._take_limits()
+        Half of the gathering is left for that, whatever the call says. Who comes upon a call that was
+        made before does not know how much of the gathering is left, and did not come with the others.
+        """
+        window_s = 0.0 if self._late else min(call.spread_s, call.gather_s / 2)
+        return window_s * uniform(self._rng) if window_s > 0 else 0.0
+
+    async def _fetch(self, call: RoundCall, wait_s: float) -> None:
+        if wait_s > 0:
+            await asyncio.sleep(wait_s)
         try:
-            header = await self._fetch_plan(call)
-            if call.model_bytes != 4 * header.n_params:
-                raise RefusedError(
-                    f"the called model has {call.model_bytes} bytes; the plan's has "
-                    f"{4 * header.n_params}"
-                )
-            if self._model is None or self._model[0] != call.model:
-                limit = min(4 * header.n_params, self._limits.max_resident_bytes)
-                data = await self._blobs.fetch(call.model, call.model_bytes, limit=limit)
-                self._model = (call.model, np.frombuffer(data, dtype="<f4").astype(np.float32))
+            header = await self.preparation.fetch(call)
         except CoveyError as error:
             log.warning("%s: round %d: %s", self.device, call.round, error)
             self._trouble(call.round, str(error))
@@ -453,36 +433,12 @@ class DeviceService:
         prepared = Prepared(header.n_params, len(header.hyperparameters), len(METRICS))
         await self._do(lambda: self._session.ready(call.round, prepared))
 
-    async def _fetch_plan(self, call: RoundCall) -> PlanHeader:
-        if self._plan is not None and self._plan[0] == call.plan:
-            return self._plan[1]
-        data = await self._blobs.fetch(call.plan, call.plan_bytes, limit=MAX_HEADER_BYTES)
-        if plan_hash(data) != call.plan:
-            raise MalformedError("the plan's header does not match its hash")
-        header = decode_header(data)
-        graph = await self._blobs.fetch(
-            bytes.fromhex(header.train.sha256), header.train.size, limit=MAX_GRAPH_BYTES
-        )
-        check_graph(header.train, graph, "train.onnx")
-        self._plan = None  # two plans at once may be more than the device has room for
-        # Among the training threads: reading data may take long, and duties must not wait for it.
-        try:
-            trainer = await self._in_thread(
-                self._train_pool, _tamed(lambda: self._make_trainer(header, graph))
-            )
-        except asyncio.CancelledError:
-            # The next round must not wait for a trial of this one's plan.
-            if isinstance(self._make_trainer, TriedTrainers):
-                self._make_trainer.trials.cancel()
-            raise
-        self._plan = (call.plan, header, trainer)
-        return header
-
     async def _train(self, round_id: int, head: Head, stop: threading.Event) -> None:
+        preparation = self.preparation
         try:
             async with self._training:  # one at a time: an earlier round's may be stopping still
                 result = await self._in_thread(
-                    self._train_pool, _tamed(lambda: self._trained(head, stop))
+                    self._train_pool, tamed(lambda: preparation.train(head, stop.is_set))
                 )
             log.info(
                 "%s: round %d: trained %d batches in %.1f s (ended by %s)",
@@ -501,36 +457,12 @@ class DeviceService:
             if isinstance(error, DataError) or reason == OUT_OF_MEMORY:
                 # The source is opened anew, as its files may have changed; what a plan holds of memory
                 # is given back.
-                self._plan = None
+                preparation.plan = None
         except Exception as error:
             self._trouble(round_id, f"{type(error).__name__}: {error}")
             log.exception("%s: round %d: cannot train", self.device, round_id)
             reason = CoveyError.public
         await self._do(lambda: self._session.training_failed(round_id, reason))
-
-    def _trained(self, head: Head, stop: threading.Event) -> TrainResult:
-        """In a training thread."""
-        if self._plan is None or self._plan[0] != head.plan:
-            raise LocalProtocolError("training without the round's plan")
-        if self._model is None or self._model[0] != head.model:
-            raise LocalProtocolError("training without the round's model")
-        _, header, trainer = self._plan
-        names = [hyper.name for hyper in header.hyperparameters]
-        work = Work(
-            batches=min(head.work.batches, self._limits.batches),
-            batch_size=head.work.batch_size,
-            max_seconds=min(head.work.seconds, self._limits.max_seconds),
-            max_resident_bytes=self._limits.max_resident_bytes,
-            hyper=dict(zip(names, head.work.hyper, strict=True)),
-        )
-        seed = int.from_bytes(self._rng(8), "big")
-        return trainer.train(
-            self._model[1],
-            work,
-            clock=time.monotonic,
-            rng=np.random.default_rng(seed),
-            stop=stop.is_set,
-        )
 
 
 def _parts(payload: bytes, ranges: tuple[tuple[int, int], ...] | None) -> Iterator[bytes]:
@@ -539,65 +471,3 @@ def _parts(payload: bytes, ranges: tuple[tuple[int, int], ...] | None) -> Iterat
     for first, count in ((0, blob.n_chunks),) if ranges is None else ranges:
         for index in range(first, min(first + count, blob.n_chunks)):
             yield chunks.frame(blob, index)
-
-
-def _tamed(step: Callable[[], T]) -> Callable[[], T]:
-    """A step that may run the owner's code, which must not end the process or its thread.
-
-    SystemExit would pass through the event loop, StopIteration never arrive at it.
-    """
-
-    def tamed() -> T:
-        try:
-            return step()
-        except (SystemExit, StopIteration, GeneratorExit) as error:
-            raise DataError(f"the data source raised {error!r}; correct it") from error
-
-    return tamed
-
-
-class TriedTrainers:
-    """Makes trainers on this device's configured data, within its owner's limits of the moment, of
-    plans that were tried before.
-
-    base: the configuration file's folder. state: the device's directory, where trials are remembered.
-    """
-
-    def __init__(
-        self, data: DataConfig, base: Path, state: Path, limits: Callable[[], LimitsConfig]
-    ) -> None:
-        self._data, self._base, self._limits = data, base, limits
-        self.trials = Trials(state, self._allowed)
-
-    def _allowed(self) -> Allowed:
-        limits = self._limits()
-        seconds = min(limits.trial_seconds, limits.max_seconds)
-        return Allowed(limits.max_memory_mb * 1_000_000, seconds, limits.threads)
-
-    def __call__(self, header: PlanHeader, train_graph: bytes) -> Trainer:
-        """A trainer, once a trial of the plan went well."""
-        allowed = self._allowed()
-        return load_trainer(
-            header,
-            train_graph,
-            self._data,
-            self._base,
-            allowed.threads,
-            self.trials,
-            allowed.max_resident_bytes,
-        )
-
-
-def trainer_factory(config: DeviceConfig, base: Path, policy: PolicyFile) -> TriedTrainers:
-    """Trainers as device.toml and policy.toml have them. base: device.toml's folder."""
-    return TriedTrainers(config.data, base, base / config.state, lambda: policy.current.limits)
-
-
-def limits_of(limits: LimitsConfig) -> Work:
-    """The owner's limits as the most work of one round."""
-    return Work(
-        batches=limits.max_batches,
-        batch_size=1,
-        max_seconds=limits.max_seconds,
-        max_resident_bytes=limits.max_memory_mb * 1_000_000,
-    )

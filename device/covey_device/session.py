@@ -1,7 +1,7 @@
 """One device's rounds as a phase table, without I/O.
 
 Bytes, the clock's ticks and the outcome of training come in, actions come out; the service carries
-them out in order. The table below is all there is to the order of things:
+them out in order. The table in `phases` is all there is to the order of things:
 
 * what the coordinator signed and this device refuses ends the round here, with a `Decline`;
 * what is of another round, comes out of order, or is not signed by the coordinator at all, is
@@ -12,17 +12,31 @@ them out in order. The table below is all there is to the order of things:
 After an upload the device may vanish for good. If it stays, it serves on the committee.
 """
 
-import enum
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from covey_device.policy import Day, Policy
+from covey_device.actions import (
+    Action,
+    Ended,
+    Fetch,
+    Pace,
+    Prepared,
+    Publish,
+    Renew,
+    Save,
+    StopTraining,
+    Train,
+    Upload,
+)
+from covey_device.memory import MAX_VOTES, Memory, Vote
+from covey_device.phases import TRANSITIONS, Event, Phase
+from covey_device.policy import Policy
 from covey_shared import wire
 from covey_shared.enrolment import RenewalWanted
 from covey_shared.errors import LocalProtocolError, RefusedError, RemoteProtocolError
-from covey_shared.keys import Rng, SigningKey
+from covey_shared.keys import Rng, SigningKey, uniform
 from covey_shared.layout import Flat
 from covey_shared.masking import Ring
 from covey_shared.messages import (
@@ -31,7 +45,6 @@ from covey_shared.messages import (
     Decline,
     Delivery,
     DeviceId,
-    Head,
     Manifest,
     Message,
     Result,
@@ -51,191 +64,14 @@ from covey_shared.secagg.participant import Participant
 from covey_shared.secagg.rules import Expectation
 from covey_shared.wire import Signed
 
+__all__ = [
+    "MAX_VOTES", "TRANSITIONS", "Action", "Ended", "Event", "Fetch", "Memory", "OutOfOrderError", "Phase",
+    "Policy", "Prepared", "Publish", "Renew", "Save", "Session", "StopTraining", "Train", "Upload", "Vote",
+]  # fmt: skip
+
 
 class OutOfOrderError(RefusedError):
     """A message that this device cannot use now: lost, late or reordered ones make such."""
-
-
-class Phase(enum.Enum):
-    """Where a device stands in a round."""
-
-    IDLE = "idle"
-    FETCHING = "fetching"  # called; getting plan and model
-    CHECKED_IN = "checked in"  # waiting for the manifest
-    TRAINING = "training"  # shares sent, no roster yet
-    TRAINED = "trained"  # update ready, no roster yet
-    WITHDRAWN = "withdrawn"  # no update to give, no roster yet; still serves
-    ROSTERED = "rostered"  # roster stands, still training
-    SERVING = "serving"  # uploaded, withdrawn or left out; waits for the view
-    VOTED = "voted"  # signed the one view
-    REVEALED = "revealed"  # gave up the shares that the view allows
-
-
-class Event(enum.Enum):
-    """What can happen to a device in a round."""
-
-    CALL = "round call"
-    READY = "plan and model ready"
-    MANIFEST = "manifest"
-    DELIVERY = "delivery"
-    ROSTER = "roster"
-    LEFT_OUT = "roster without this device"
-    UPDATE = "update trained"
-    NO_UPDATE = "training failed"
-    PROPOSAL = "view proposal"
-    VIEW = "view"
-    END = "result, abandoned or left"
-
-
-_P, _E = Phase, Event
-
-TRANSITIONS: dict[Phase, dict[Event, Phase]] = {
-    _P.IDLE: {_E.CALL: _P.FETCHING},
-    _P.FETCHING: {_E.CALL: _P.FETCHING, _E.READY: _P.CHECKED_IN, _E.END: _P.IDLE},
-    _P.CHECKED_IN: {_E.CALL: _P.FETCHING, _E.MANIFEST: _P.TRAINING, _E.END: _P.IDLE},
-    _P.TRAINING: {
-        _E.CALL: _P.FETCHING,
-        _E.DELIVERY: _P.TRAINING,
-        _E.UPDATE: _P.TRAINED,
-        _E.NO_UPDATE: _P.WITHDRAWN,
-        _E.ROSTER: _P.ROSTERED,
-        _E.LEFT_OUT: _P.SERVING,
-        _E.END: _P.IDLE,
-    },
-    _P.TRAINED: {
-        _E.CALL: _P.FETCHING,
-        _E.DELIVERY: _P.TRAINED,
-        _E.ROSTER: _P.SERVING,
-        _E.LEFT_OUT: _P.SERVING,
-        _E.END: _P.IDLE,
-    },
-    _P.WITHDRAWN: {
-        _E.CALL: _P.FETCHING,
-        _E.DELIVERY: _P.WITHDRAWN,
-        _E.ROSTER: _P.SERVING,
-        _E.LEFT_OUT: _P.SERVING,
-        _E.END: _P.IDLE,
-    },
-    _P.ROSTERED: {
-        _E.CALL: _P.FETCHING,
-        _E.DELIVERY: _P.ROSTERED,
-        _E.UPDATE: _P.SERVING,
-        _E.NO_UPDATE: _P.SERVING,
-        _E.PROPOSAL: _P.VOTED,
-        _E.END: _P.IDLE,
-    },
-    _P.SERVING: {
-        _E.CALL: _P.FETCHING,
-        _E.DELIVERY: _P.SERVING,
-        _E.PROPOSAL: _P.VOTED,
-        _E.END: _P.IDLE,
-    },
-    _P.VOTED: {_E.CALL: _P.FETCHING, _E.VIEW: _P.REVEALED, _E.END: _P.IDLE},
-    _P.REVEALED: {_E.CALL: _P.FETCHING, _E.END: _P.IDLE},
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Vote:
-    """A vote that this device signed: of which manifest, its label, and the SHA-256 of its body."""
-
-    h: bytes
-    kind: str
-    body: bytes
-
-
-MAX_VOTES = 16
-"""Votes that are remembered: those of the last eight rounds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """The few facts that must outlive a crash.
-
-    last_round: no round up to this one is ever joined (again), so that a restart cannot sign, mask
-    or contribute twice. contributed: model hash (hex) -> highest revision an update was sent for.
-    day: the last check-ins, for the owner's bound on rounds a day. votes: the last ones signed; they
-    stand in the way of a second vote on one manifest even if `last_round` were wrong.
-    """
-
-    last_round: int = 0
-    contributed: dict[str, int] = field(default_factory=dict)
-    day: Day = field(default_factory=Day)
-    votes: tuple[Vote, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Publish:
-    """Send a signed message to the coordinator."""
-
-    message: Signed[Message]
-
-
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """Send chunks of the masked update: all, or the (first, count) ranges asked for."""
-
-    payload: bytes = field(repr=False)
-    ranges: tuple[tuple[int, int], ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """Get the plan and the model of this call, check them, answer with `ready` or `leave`."""
-
-    call: RoundCall
-
-
-@dataclass(frozen=True, slots=True)
-class Train:
-    """Train as the head says, answer with `trained` or `training_failed`."""
-
-    round_id: int
-    head: Head
-
-
-@dataclass(frozen=True, slots=True)
-class StopTraining:
-    """The round no longer wants this device's update."""
-
-    round_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Save:
-    """Make this durable before any later action of the same list."""
-
-    memory: Memory
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """The round is over for this device. contributed: its update is in the sum. call: what it was
-    called to."""
-
-    round_id: int
-    outcome: str
-    contributed: bool
-    call: RoundCall | None = field(default=None, compare=False, repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Renew:
-    """The coordinator wants this device to renew its certificates. issued_unix: since when."""
-
-    issued_unix: int
-
-
-Action = Publish | Upload | Fetch | Train | StopTraining | Save | Ended | Renew
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What fetching learned: the sizes that the manifest must agree with."""
-
-    n_params: int
-    n_hyperparameters: int
-    n_metrics: int
 
 
 class _Round:
@@ -289,6 +125,8 @@ class Session:
         self._witness = witness
         # An earlier process of this device may have died in that round, with its keys.
         self._cut_off = memory.last_round
+        self._sat_out = 0  # the last round that our own draw kept us out of
+        self._reconnect_s = 0.0
         self.phase = Phase.IDLE
         self._round: _Round | None = None
 
@@ -384,9 +222,17 @@ class Session:
             # Told once, so that nobody waits for what cannot come.
             self._cut_off = 0
             return [self._decline(call, "this device restarted; its keys of the round are gone")]
+        if call.round <= self._sat_out:
+            return []  # one draw a round: whoever drew again at every repeat would come in the end
         actions: list[Action] = []
+        if call.reconnect_s != self._reconnect_s:
+            self._reconnect_s = call.reconnect_s
+            actions.append(Pace(call.reconnect_s))
         if self._round is not None:
             actions += self._end("another round was called", contributed=False)
+        if call.chance < 1.0 and uniform(self._rng) >= call.chance:
+            self._sat_out = call.round
+            return actions
         self.phase = self._next(Event.CALL)
         self._round = _Round(signed, self.policy)
         now, memory = self._clock(), self._memory

@@ -19,7 +19,7 @@ from covey_device import trials
 from covey_device.budget import resident_bytes
 from covey_device.config import LimitsConfig
 from covey_device.data import NpzData
-from covey_device.service import TriedTrainers
+from covey_device.preparation import TriedTrainers
 from covey_device.trainer import Work
 from covey_shared import wire
 from covey_shared.errors import RemoteProtocolError
@@ -58,10 +58,10 @@ class Victims(Fleet):
         features, labels = examples()
         np.savez(self.directory / "d.npz", features=features, labels=labels)
         service = self.victim.service
-        service._make_trainer = TriedTrainers(
+        service.preparation.make_trainer = TriedTrainers(
             NpzData(file="d.npz"), self.directory, self.directory / "state", lambda: self.limits
         )
-        service._limits = Work(1000, 1, LIMITS.max_seconds, LIMITS.max_memory_mb * MB)
+        service.preparation.limits = Work(1000, 1, LIMITS.max_seconds, LIMITS.max_memory_mb * MB)
         self.rounds, self.gate = 0, threading.Event()
         ended = service.on_ended
 
@@ -71,7 +71,9 @@ class Victims(Fleet):
 
         service.on_ended = on_ended
         for seat in self.seats[1:]:
-            seat.service._make_trainer = self.patient(seat.service._make_trainer)
+            seat.service.preparation.make_trainer = self.patient(
+                seat.service.preparation.make_trainer
+            )
         return self
 
     def patient(self, make):
@@ -451,7 +453,7 @@ def test_a_plan_whose_outputs_are_its_inputs_gives_no_update(tmp_path: Path):
             bundle = bundle_of(proto)
             outcome, survivors = await fleet.serve(bundle)
             assert fleet.victim.name in survivors, outcome
-            trainer = fleet.victim.service._plan[2]
+            trainer = fleet.victim.service.preparation.plan[2]
             assert (trainer._step.parameters() == bundle.initial).all()
             await fleet.serve_honest()
 

@@ -424,7 +424,7 @@ def test_why_it_failed_stays_on_the_device(tmp_path: Path):
             def nan(*_: Any) -> Any:
                 raise TrainingError("batch 3 of /home/ada/diary.csv gives nan")
 
-            one.service._make_trainer = gone
+            one.service.preparation.make_trainer = gone
             other.trainer.on_train = nan
             settings = config(rounds=1, deadlines=short(gather_s=0.5, collect_s=2.0))
             await fleet.play(fleet.run(settings))
@@ -583,6 +583,7 @@ def test_a_policy_that_changes_while_it_runs(tmp_path: Path, caplog: pytest.LogC
             seat = fleet.seats[1]
             path = seat.directory / "policy.toml"
             seat.service._policy = PolicyFile(path)
+            seat.service.preparation.policy = seat.service._policy
             settings = config(rounds=1, deadlines=short(gather_s=0.5))
 
             async def survivors(name: str) -> tuple[str, ...]:
@@ -601,7 +602,7 @@ def test_a_policy_that_changes_while_it_runs(tmp_path: Path, caplog: pytest.LogC
             path.write_text("[limits]\nmax_batches = 3\n")
             seat.service.policy_may_have_changed()
             assert "pi-1" in await survivors("four")
-            assert seat.service._limits.batches == 3
+            assert seat.service.preparation.limits.batches == 3
             assert kinds(seat.directory).count("policy") == 2
 
     go(scenario())

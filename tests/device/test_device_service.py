@@ -236,15 +236,15 @@ def test_data_that_cannot_be_opened_costs_a_round(tmp_path: Path):
     async def scenario() -> None:
         async with Fleet(tmp_path, n=9) as fleet:
             seats = fleet.seats[: len(TROUBLE)]
-            make = [seat.service._make_trainer for seat in seats]
+            make = [seat.service.preparation.make_trainer for seat in seats]
             for seat, error in zip(seats, TROUBLE, strict=True):
-                seat.service._make_trainer = raising(error)
+                seat.service.preparation.make_trainer = raising(error)
             settings = config(rounds=1, n=9, deadlines=short(gather_s=1.0))
             await fleet.play(fleet.run(settings, "one"))
             assert survivors(fleet) == [("pi-6", "pi-7", "pi-8")]
             assert all("declined" in seat.ended[0].outcome for seat in seats)
             for seat, working in zip(seats, make, strict=True):  # nobody restarts anything
-                seat.service._make_trainer = working
+                seat.service.preparation.make_trainer = working
             await fleet.play(fleet.run(settings, "two"))
             assert len(survivors(fleet)[1]) == 9
 
@@ -326,7 +326,7 @@ def test_a_model_beyond_the_memory_limit_is_declined(tmp_path: Path):
     async def scenario() -> None:
         async with Fleet(tmp_path) as fleet:
             seat = fleet.seats[1]
-            seat.service._limits = Work(100, 1, 60.0, max_resident_bytes=10_000)
+            seat.service.preparation.limits = Work(100, 1, 60.0, max_resident_bytes=10_000)
             await fleet.play(fleet.run(config(rounds=1, deadlines=short(gather_s=0.5))))
             assert survivors(fleet) == [("pi-0", "pi-2", "pi-3")]
             assert "19240 bytes; this device takes at most 10000" in seat.ended[0].outcome
