@@ -29,7 +29,7 @@ from covey_coordinator.files import storage_error, sync_directory, write_atomic
 from covey_coordinator.round import Completed
 from covey_coordinator.store import RunDirectory
 from covey_shared import keys
-from covey_shared.errors import CoveyError, MalformedError
+from covey_shared.errors import CoveyError, MalformedError, RemoteProtocolError
 from covey_shared.messages import (
     MAX_REASON_CHARS,
     CheckIn,
@@ -52,6 +52,7 @@ from covey_shared.transcript import (
     Note,
     Payload,
     Reader,
+    check_seal,
     thinned,
 )
 from covey_shared.wire import Signed
@@ -332,12 +333,15 @@ def write_all(file: FileIO, data: bytes) -> None:
 
 def _recover(part: Path, key: keys.SigningKey) -> None:
     """End a transcript whose coordinator was killed, at its last whole record."""
+    if _is_sealed(part, key):
+        _put_in_place(part)  # that was all it lacked
+        return
     chain, end, whose = Chain(), len(MAGIC), False
     with part.open("r+b") as file:
         with contextlib.suppress(MalformedError):  # where it was cut off
             reader = Reader(file.read)
             for record in reader:
-                if isinstance(record, Payload) or record.kind is Kind.KEY:
+                if isinstance(record, Payload) or record.kind in (Kind.KEY, Kind.ENDING):
                     break  # no result was announced with all that belongs to it: it stays closed
                 chain.add(record.kind, record.body)
                 end, whose = reader.offset, True
@@ -353,6 +357,20 @@ def _recover(part: Path, key: keys.SigningKey) -> None:
         _put_in_place(part)
     else:
         part.unlink()
+
+
+def _is_sealed(part: Path, key: keys.SigningKey) -> bool:
+    """Whether it was brought to its end, and all of it is on the disk now."""
+    try:
+        with part.open("rb") as file:
+            reader = Reader(file.read)
+            for _ in reader:
+                pass
+            check_seal(reader, key.public)
+            os.fsync(file.fileno())
+    except RemoteProtocolError:
+        return False
+    return True
 
 
 def _put_in_place(part: Path) -> None:

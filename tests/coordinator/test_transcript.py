@@ -488,7 +488,7 @@ def test_an_interrupted_round_is_told_beside_the_one_that_followed(tmp_path: Pat
 STORY = told(Lab(4, seed="killed"))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.05, 0.3, 0.6, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.05, 0.3, 0.6, 0.8, 0.95, 0.9999])
 def test_a_transcript_is_brought_to_an_end_wherever_it_was_cut_off(tmp_path: Path, share: float):
     lab = STORY.lab
     directory = RunDirectory.create(tmp_path / "run", b"", bytes(16))
@@ -510,6 +510,38 @@ def test_a_transcript_is_brought_to_an_end_wherever_it_was_cut_off(tmp_path: Pat
     assert payloads_in(path) == 0
     assert STORY.key is not None
     assert STORY.key not in path.read_bytes()
+
+
+@pytest.mark.parametrize("outcome", ["completed", "abandoned"])
+def test_a_sealed_transcript_only_lacked_its_name(tmp_path: Path, outcome: str):
+    directory, scribe = a_run(tmp_path)
+    lab = STORY.lab
+    part = directory.path / "rounds" / "00001" / PART
+    path = part.with_name("transcript")
+    if outcome == "completed":
+        scribe = Scribe(directory, TranscriptsConfig(), lab.trust, lab.coordinator_key)
+        part.parent.mkdir(parents=True)
+        path.write_bytes(STORY.data())
+    else:
+        scribe.open(1, lab.call(), "fedavg", 1.0).ended("too few")
+    data = path.read_bytes()
+    path.replace(part)
+    scribe.recover()
+    assert files(part.parent) == ["transcript"]
+    assert path.read_bytes() == data
+
+
+def test_a_transcript_that_was_cut_off_in_its_seal_has_one_ending(tmp_path: Path):
+    directory, scribe = a_run(tmp_path)
+    scribe.open(1, Lab(3).call(), "fedavg", 1.0).ended("too few")
+    path = directory.path / "rounds" / "00001" / "transcript"
+    path.with_name(PART).write_bytes(path.read_bytes()[:-3])
+    path.unlink()
+    scribe.recover()
+    report = report_of(path)
+    assert not report.failed, report.checks
+    assert report.ending is not None
+    assert report.ending.outcome == "interrupted"
 
 
 def test_a_part_that_is_no_transcript_is_removed(tmp_path: Path):

@@ -9,15 +9,19 @@ file's bytes everything, nothing, or what comes after some point.
 
 import contextlib
 import errno
+import io
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from simulation.loop import RUNNING
+from covey_coordinator import transcript
+from simulation.loop import RUNNING, Process
 
 _REAL: dict[str, Any] = {
     name: getattr(os, name)
@@ -85,6 +89,9 @@ class Disk:
         self._dirty.pop(path, None)
         self._names.append(_Name(_parent(path), lambda: _write(path, kept)))
 
+    def removed_directory(self, path: str) -> None:
+        self._names.append(_Name(_parent(path), lambda: _REAL["mkdir"](path)))
+
     def changing(self, path: str) -> None:
         if path not in self._dirty:
             self._dirty[path] = _read(path) or b""
@@ -145,9 +152,11 @@ class _Os:
         self._disk_of = disk_of
         self._paths: dict[int, str] = {}
 
-    def _disk(self, what: str, *, room: bool = False) -> Disk | None:
-        """The disk of the process that runs, after its leave to go on; None for nobody's."""
-        process = RUNNING.get()
+    def _disk(
+        self, what: str, *, room: bool = False, process: Process | None = None
+    ) -> Disk | None:
+        """The disk of a process, or of the one that runs, after its leave to go on; None for nobody's."""
+        process = process or RUNNING.get()
         if process is None:
             return None
         process.effect(f"disk: {what}")
@@ -171,12 +180,16 @@ class _Os:
         return fd
 
     def close(self, fd: int) -> None:
-        self._paths.pop(fd, None)
+        self.forget(fd)
         _REAL["close"](fd)
 
-    def write(self, fd: int, data: Any) -> int:
+    def forget(self, fd: int) -> None:
+        """It is closed, and its number will be another file's."""
+        self._paths.pop(fd, None)
+
+    def write(self, fd: int, data: Any, process: Process | None = None) -> int:
         path = self._paths.get(fd)
-        if path is not None and (disk := self._disk("write")) is not None:
+        if path is not None and (disk := self._disk("write", process=process)) is not None:
             disk.changing(path)
             if disk.full:
                 # As much as there was room for, and the next one says so.
@@ -205,12 +218,11 @@ class _Os:
         _REAL["ftruncate"](fd, size)
 
     def fsync(self, fd: int) -> None:
-        path = self._paths.get(fd)
-        if path is None:
-            if RUNNING.get() is None:
-                _REAL["fsync"](fd)
+        if RUNNING.get() is None:
+            _REAL["fsync"](fd)
         elif (disk := self._disk("sync")) is not None:
-            disk.synced(path)
+            # Of a file that was opened to be read, too.
+            disk.synced(self._paths.get(fd) or os.readlink(f"/proc/self/fd/{fd}"))  # noqa: PTH115
 
     def replace(self, old: Any, new: Any, **rest: Any) -> None:
         if RUNNING.get() is None:
@@ -221,6 +233,12 @@ class _Os:
         if disk is not None:
             disk.moved(os.fspath(old), target, kept)
         return None
+
+    def rmdir(self, path: Any, **rest: Any) -> None:
+        disk, name = self._disk("remove a directory"), os.fspath(path)
+        _REAL["rmdir"](path, **rest)
+        if disk is not None:
+            disk.removed_directory(name)
 
     def unlink(self, path: Any, **rest: Any) -> None:
         if RUNNING.get() is None or rest.get("dir_fd") is not None:
@@ -246,16 +264,56 @@ class _Os:
             disk.made(os.fspath(path))
 
 
+class _File(io.FileIO):
+    """A file that is written to by an object. It is its process's, whoever lets go of it at last."""
+
+    def __init__(self, ours: _Os, file: Any, mode: str) -> None:
+        self._ours, self._process = ours, RUNNING.get()
+        if not isinstance(file, int):
+            flags = {"r": os.O_RDONLY, "w": os.O_WRONLY | os.O_CREAT | os.O_TRUNC}.get(
+                mode[0], os.O_WRONLY | os.O_CREAT | (os.O_EXCL if mode[0] == "x" else os.O_APPEND)
+            )
+            if "+" in mode:
+                flags = flags & ~os.O_WRONLY | os.O_RDWR
+            file = ours.open(file, flags | os.O_CLOEXEC, 0o666)
+        super().__init__(file, mode)
+
+    def write(self, data: Any) -> int:
+        return self._ours.write(self.fileno(), data, self._process)
+
+    def truncate(self, size: int | None = None) -> int:
+        size = self.tell() if size is None else size
+        self._ours.ftruncate(self.fileno(), size)
+        return size
+
+    def close(self) -> None:
+        if not self.closed:
+            self._ours.forget(self.fileno())
+        super().close()
+
+
 @contextlib.contextmanager
 def installed(disk_of: Callable[[Any], Disk | None]) -> Iterator[None]:
     """Have `os` ask. disk_of: the disk of a process."""
-    ours = _Os(disk_of)
+    ours, real_open = _Os(disk_of), io.open
+
+    def open_file(file: Any, mode: str = "r", *args: Any, **rest: Any) -> Any:
+        if RUNNING.get() is None or isinstance(file, int) or not set(mode) & set("wxa+"):
+            return real_open(file, mode, *args, **rest)
+        assert "b" in mode, "only bytes are written"
+        raw = _File(ours, file, mode.replace("b", ""))
+        return io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
+
     with contextlib.ExitStack() as stack:
         for name in (
             "open", "close", "write", "pwrite", "posix_fallocate", "ftruncate", "fsync", "replace",
-            "unlink", "link", "mkdir",
+            "unlink", "link", "mkdir", "rmdir",
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(os, name, getattr(ours, name)))
         stack.enter_context(mock.patch.object(os, "fdatasync", ours.fsync))
         stack.enter_context(mock.patch.object(os, "rename", ours.replace))
+        stack.enter_context(mock.patch.object(io, "open", open_file))
+        stack.enter_context(mock.patch.object(transcript, "FileIO", partial(_File, ours)))
+        # A tree is removed by the names of what is in it, not from within its directories.
+        stack.enter_context(mock.patch.object(shutil, "_use_fd_functions", False))
         yield

@@ -17,6 +17,7 @@ from covey_coordinator.averaging import FedAvg
 from covey_coordinator.round import Completed
 from covey_coordinator.run import RoundOutcome
 from covey_coordinator.store import RunDirectory
+from covey_coordinator.transcript_command import Models, average
 from covey_device import audit
 from covey_device.session import Memory
 from covey_shared import chunks, wire
@@ -42,8 +43,10 @@ from covey_shared.messages import (
     WantBlob,
 )
 from covey_shared.secagg.bitmap import from_bitmap
-from covey_shared.secagg.cohort import manifest_digest
+from covey_shared.secagg.cohort import Trust, manifest_digest
 from covey_shared.topics import Topics
+from covey_shared.transcript import Kind, Reader, Record
+from covey_shared.transcript_checks import Verdict, verify
 
 EXCUSES = (
     "this device restarted; its keys of the round are gone",
@@ -60,9 +63,10 @@ class Watch:
     broken: what does not hold; empty as long as all does.
     """
 
-    def __init__(self, fleet: str, initial: np.ndarray, run: RunDirectory) -> None:
+    def __init__(self, trust: Trust, initial: np.ndarray, run: RunDirectory, keep: str) -> None:
         self.broken: list[str] = []
-        self._topics = Topics(fleet)
+        self.keep, self.fleet_ca, self.coordinator = keep, trust.ca, trust.coordinator
+        self._topics = Topics(trust.fleet)
         self._run = run
         self._once: dict[tuple[Any, ...], Any] = {}
         self._heads: dict[bytes, Head] = {}
@@ -80,6 +84,10 @@ class Watch:
         self.results: set[int] = set()
         self.abandoned: set[int] = set()
         self._outcomes: dict[int, tuple[int, bool]] = {}  # index -> round, completed
+        self._digests: set[bytes] = set()  # of all that was ever said, but for chunks
+        self._results: dict[int, bytes] = {}  # what was said of a round's sum
+        self.disturbed: set[int] = set()  # rounds in which the coordinator or its disk failed
+        self.proven: set[int] = set()  # rounds whose transcript was found good, with all payloads
         self._parameters = initial
         self._lines = 0
         self.on_call: Callable[[RoundCall], None] = lambda call: None
@@ -107,8 +115,10 @@ class Watch:
             self._frame(device, payload)
             return
         message = wire.decode(payload).message
+        digest = hashlib.sha256(payload)
+        self._digests.add(digest.digest())
         if sender in self.left:
-            self.left[device][hashlib.sha256(payload).hexdigest()] = message.LABEL
+            self.left[device][digest.hexdigest()] = message.LABEL
         head = self._heads.get(getattr(message, "h", b""))
         match message:
             case RoundCall():
@@ -211,6 +221,7 @@ class Watch:
     def _result(self, result: Result, payload: bytes) -> None:
         self._only(payload, "two results of one round", result.round)
         self.results.add(result.round)
+        self._results[result.round] = payload
         self.expect(
             result.round not in self.abandoned, f"round {result.round} is abandoned and completes"
         )
@@ -299,6 +310,80 @@ class Watch:
             f"round {outcome.round_id} is the second of index {outcome.index}",
         )
         self.expect(not faults, f"honest devices are blamed: {sorted(faults)}")
+        self.transcript(outcome.index, outcome.round_id, completed=outcome.completed is not None)
+
+    def disturb(self) -> None:
+        """The coordinator dies, is stopped, or finds its disk full: the round of this moment, if there
+        is one, may go without a transcript."""
+        self.disturbed.add(max(self.calls, default=0))
+
+    def transcript(self, index: int, round_id: int, *, completed: bool) -> None:
+        """Of a round that is over there is a transcript which proves what was seen here, unless the
+        coordinator or its disk failed meanwhile. None is ever wrong."""
+        directory = self._run.path / "rounds" / f"{index:05}"
+        for older in directory.glob("transcript-*"):
+            self._sound(older, None)
+        path = directory / "transcript"
+        excused = self.keep == "off" or round_id in self.disturbed
+        if not path.exists():
+            self.expect(excused, f"round {round_id} has no transcript")
+            return
+        outcome = self._sound(path, round_id if completed else None)
+        if outcome == "completed":
+            self.expect(completed, f"the transcript of round {round_id} tells of a sum")
+        elif completed:
+            self.expect(excused, f"the transcript of round {round_id} has no sum: {outcome}")
+        elif outcome != "abandoned":
+            self.expect(excused, f"the transcript of round {round_id} is {outcome}")
+
+    def _sound(self, path: Path, round_id: int | None) -> str:
+        """Everything that can be checked of a transcript holds. round_id: of a completed round, of which
+        more is known. Returns how it says that its round ended."""
+        with path.open("rb") as file:
+            report = verify(
+                file.read,
+                fleet_ca=self.fleet_ca,
+                coordinator=self.coordinator,
+                find_model=Models(path, ()).find,
+                average=average,
+            )
+        name = f"{path.parent.name}/{path.name}"
+        for check in report.checks:
+            if check.verdict is Verdict.FAIL:
+                self.broken.append(f"transcript {name}: {check.what}: {check.detail}")
+        ending = report.ending.outcome if report.ending else "cut off"
+        if round_id is None or ending != "completed":
+            return ending
+        self.expect(
+            report.about is not None and report.about.round == round_id,
+            f"transcript {name} is not of round {round_id}",
+        )
+        whole = report.complete or path.with_name("model-before.bin").exists() is False
+        self.expect(whole, f"transcript {name} has its model, and not all of it could be checked")
+        if report.complete:
+            self.proven.add(round_id)
+        completed = self.sums.get(round_id)
+        if completed is not None:
+            self.expect(
+                report.summed == len(completed.survivors),
+                f"transcript {name} has a sum of {report.summed} devices",
+            )
+        with path.open("rb") as file:
+            said = [
+                r.body
+                for r in Reader(file.read)
+                if isinstance(r, Record) and r.kind is Kind.MESSAGE
+            ]
+        self.expect(
+            self._results.get(round_id) in (None, *said),
+            f"transcript {name} has another result than was announced",
+        )
+        for envelope in said:
+            if hashlib.sha256(envelope).digest() not in self._digests:
+                label = wire.decode(envelope).message.LABEL
+                # A result is written down with the sum, and may be lost on its way out.
+                self.expect(label == Result.LABEL, f"transcript {name} has a {label} nobody sent")
+        return ending
 
     def settled(self) -> None:
         """The coordinator's files tell of every round once, in order, and of the model it led to."""

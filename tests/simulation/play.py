@@ -23,6 +23,7 @@ class Tally:
     seeds: int = 0
     rounds: int = 0
     completed: int = 0
+    transcripts: int = 0
     virtual_s: float = 0.0
     broken: list[Verdict] | None = None
 
@@ -30,6 +31,7 @@ class Tally:
         self.seeds += 1
         self.rounds += verdict.rounds
         self.completed += verdict.completed
+        self.transcripts += verdict.transcripts
         self.virtual_s += verdict.seconds
         if verdict.broken:
             self.broken = [*(self.broken or []), verdict]
@@ -37,6 +39,7 @@ class Tally:
     def __str__(self) -> str:
         return (
             f"{self.seeds} seeds, {self.rounds} rounds, {self.completed} completed, "
+            f"{self.transcripts} transcripts proved, "
             f"{self.virtual_s / 3600:.1f} h of simulated time, {len(self.broken or [])} broken"
         )
 

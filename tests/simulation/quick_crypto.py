@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from covey_coordinator import round as coordinator_round
-from covey_shared import keys, masking
+from covey_shared import keys, masking, transcript_checks
 from covey_shared.errors import LocalProtocolError, RefusedError, SignatureError
 
 _KEM = b"KEM" + (0x0020).to_bytes(2, "big")
@@ -172,6 +172,7 @@ def quick_crypto(ephemeral: Callable[[], bytes]) -> Iterator[None]:
             (keys, "check_agreement_key", check_agreement_key),
             (masking, "hkdf", hkdf),
             (coordinator_round, "AgreementKey", AgreementKey),
+            (transcript_checks, "AgreementKey", AgreementKey),
         ):
             stack.enter_context(mock.patch.object(owner, name, ours))
         AgreementKey.ephemeral = staticmethod(ephemeral)  # type: ignore[assignment]

@@ -31,6 +31,7 @@ from covey_coordinator.config import (
     DeadlinesConfig,
     EncodingConfig,
     RunConfig,
+    TranscriptsConfig,
     WorkConfig,
 )
 from covey_coordinator.plans.bundle import PlanBundle
@@ -94,6 +95,7 @@ class Verdict:
     rounds: int
     completed: int
     seconds: float
+    transcripts: int = 0
 
 
 @dataclass
@@ -231,6 +233,10 @@ class World:
             work=WorkConfig(batches=1, batch_size=1, seconds=3600.0),
             encoding=EncodingConfig(value_bits=chance.choice((8, 16)), clip=0.5),
             deadlines=DEADLINES,
+            transcripts=TranscriptsConfig(
+                keep=chance.choice(("full", "full", "full", "signatures", "off")),
+                full_rounds=chance.choice((1, 3, 10)),
+            ),
         )
         self.machines: dict[str, Machine] = {}
         for name in (*self.devices, COORDINATOR):
@@ -247,7 +253,9 @@ class World:
         self.run_directory = RunDirectory.create(
             directory / COORDINATOR / "run", b"", chance.randbytes(16)
         )
-        self.watch = Watch(FLEET, bundle().initial, self.run_directory)
+        self.watch = Watch(
+            self.trust, bundle().initial, self.run_directory, self.config.transcripts.keep
+        )
         self.watch.on_call = self._called
         self.watch.left = {DeviceId(name): {} for name in self.devices}
         self.calm_since: float | None = None
@@ -285,6 +293,9 @@ class World:
     def _end_of_the_world(self) -> None:
         if not self.watch.broken:
             self.watch.settled()
+            for line in self.run_directory.read_metrics():
+                completed = line["outcome"] == "completed"
+                self.watch.transcript(line["index"], line["round"], completed=completed)
             for name in self.devices:
                 self.watch.audited(
                     DeviceId(name),
@@ -315,6 +326,8 @@ class World:
 
     def _called(self, call: RoundCall) -> None:
         """A round that everybody could hear of, in fair weather, is one that must complete."""
+        if self.machines[COORDINATOR].disk.full:
+            self.watch.disturb()
         calm = self.calm_since is not None and self.loop.now >= self.calm_since + SETTLE_S
         if calm and self._awaited is None and len(self.network.clients) == len(self.machines):
             self._note(f"round {call.round} must complete")
@@ -403,6 +416,8 @@ class World:
         if process is None:
             return
         self._note(f"{machine.name}: {why}")
+        if machine.name == COORDINATOR:
+            self.watch.disturb()
         machine.process = None
         process.die()
         self._ghosts.append(process)
@@ -578,6 +593,8 @@ class World:
 
     def disk(self, name: str, *, full: bool) -> None:
         self.machines[name].disk.full = full
+        if name == COORDINATOR:
+            self.watch.disturb()
 
     def clock(self, name: str, seconds: float) -> None:
         self.machines[name].ahead_s += seconds
@@ -681,4 +698,5 @@ def play(
         rounds=len(world.watch.calls),
         completed=len(world.watch.results),
         seconds=world.loop.now,
+        transcripts=len(world.watch.proven),
     )
