@@ -81,6 +81,7 @@ class MemoryTransport:
         self.network, self.name, self._will = network, name, will
         self.filters: list[str] = []
         self.reconnect_s = 0.05
+        self.pace_s = 0.0  # what it was told to wait; noted, not done
         self.held = False  # cut off until told otherwise
         self.bytes_in = self.bytes_out = 0
         self._up = asyncio.Event()
@@ -170,6 +171,9 @@ class MemoryTransport:
         self._check()
         self.bytes_out += len(topic) + len(payload)
         self.network.publish(self.name, topic, payload, retain=retain)
+
+    def reconnect_within(self, seconds: float) -> None:
+        self.pace_s = seconds
 
     async def stop(self, *, graceful: bool = True) -> None:
         self._stopped = True

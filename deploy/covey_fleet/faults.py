@@ -155,6 +155,10 @@ class FaultyTransport:
         """See `Transport.unsubscribe`."""
         await self._inner.unsubscribe(*topic_filters)
 
+    def reconnect_within(self, seconds: float) -> None:
+        """See `Transport.reconnect_within`."""
+        self._inner.reconnect_within(seconds)
+
     async def stop(self, *, graceful: bool = True) -> None:
         """See `Transport.stop`."""
         await self._inner.stop(graceful=graceful)

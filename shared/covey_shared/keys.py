@@ -39,6 +39,11 @@ PublicKey = NewType("PublicKey", bytes)
 Seed = NewType("Seed", bytes)
 
 
+def uniform(rng: Rng) -> float:
+    """A draw from [0, 1), uniform over the multiples of 2**-53: random() for a source of bytes."""
+    return (int.from_bytes(rng(8), "big") >> 11) * 2.0**-53
+
+
 def digest(label: str, *parts: bytes) -> bytes:
     """SHA-256 over the label and the length-prefixed parts: 32 bytes.
 

@@ -65,5 +65,12 @@ class Transport(Protocol):
         LocalProtocolError if the payload exceeds MAX_PAYLOAD_BYTES, TransportError once stopped.
         """
 
+    def reconnect_within(self, seconds: float) -> None:
+        """From now on, spread what follows a lost connection over at least this long.
+
+        So that a fleet that lost its broker does not come back at one moment. 0, as at the beginning,
+        leaves it at the usual back-off.
+        """
+
     async def stop(self, *, graceful: bool = True) -> None:
         """Disconnect. graceful=False drops the socket, so that the broker publishes the will."""

@@ -34,6 +34,9 @@ class Silent:
     async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         await asyncio.get_running_loop().create_future()
 
+    def reconnect_within(self, seconds: float) -> None:
+        pass
+
     async def stop(self, *, graceful: bool = True) -> None:
         pass
 

@@ -332,6 +332,41 @@ def test_a_connection_that_ends_at_once_counts_as_a_failure() -> None:
     run(scenario())
 
 
+def test_a_fleet_s_pace_is_the_least_that_the_back_off_spreads() -> None:
+    """The broker may be gone for longer than the window: the later attempts are spread as well."""
+
+    async def scenario() -> None:
+        rng = Draws(lambda upper: 0.0)
+        async with ScriptedBroker() as broker:
+            x = listener(broker.url, rng=rng, backoff_base_s=1, backoff_cap_s=16)
+            async with x:
+                x.transport.reconnect_within(6.0)
+                broker.connack = 5
+                broker.clients[-1].writer.close()
+                await x.until_reasons(6)
+            assert [upper for _, upper in rng.bounds[:6]] == [6, 6, 6, 8, 16, 16]
+
+    run(scenario())
+
+
+def test_a_pace_does_not_make_a_short_connection_a_failure() -> None:
+    async def scenario() -> None:
+        rng = Draws(lambda upper: 0.0)
+        async with ScriptedBroker() as broker:
+            x = listener(broker.url, rng=rng, backoff_base_s=0.001, backoff_cap_s=0.001)
+            async with x:
+                x.transport.reconnect_within(600.0)
+                for n in range(1, 4):
+                    await asyncio.sleep(0.01)
+                    broker.clients[-1].writer.close()
+                    await x.until_connected(n + 1)
+            assert [upper for _, upper in rng.bounds] == [600.0] * 3
+            x.transport.reconnect_within(0.0)
+            assert x.transport._ceiling_s(3) == 0.001
+
+    run(scenario())
+
+
 def test_a_connection_that_stood_starts_the_back_off_anew() -> None:
     async def scenario() -> None:
         rng = Draws(lambda upper: 0.0)

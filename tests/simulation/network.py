@@ -147,6 +147,7 @@ class Client:
         self._wanted: dict[str, bool] = {}
         self.bytes_in = self.bytes_out = 0
         self._stopped = False
+        self._pace_s = 0.0
         self._lost = asyncio.Event()
         self._up = asyncio.Event()
         self._window = asyncio.Semaphore(WINDOW)
@@ -183,7 +184,7 @@ class Client:
                     network.offer_retained(self, topic_filter)
                 await self._on_connected()
                 await self._lost.wait()
-            ceiling = min(BACKOFF_CAP_S, 2.0**failures)
+            ceiling = max(self._pace_s, min(BACKOFF_CAP_S, 2.0**failures))
             failures += 1
             await asyncio.sleep(network.random.uniform(0.0, ceiling))
 
@@ -271,6 +272,9 @@ class Client:
                 self.network.take(self.name, topic, payload, retain=retain)
         if not arrived.done():
             arrived.set_result(there)
+
+    def reconnect_within(self, seconds: float) -> None:
+        self._pace_s = seconds
 
     async def stop(self, *, graceful: bool = True) -> None:
         self._stopped = True

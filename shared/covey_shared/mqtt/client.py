@@ -46,8 +46,9 @@ class MqttTransport:
     without one, mqtts:// verifies the broker against the system's authorities.
     rng: draws the back-off's jitter; a seeded one makes a test repeatable.
     backoff_base_s, backoff_cap_s: after n failures in a row it waits for a time drawn uniformly
-    from 0 to min(cap, base * 2**n). A connection that ends sooner than that counts as a failure:
-    two clients that evict each other slow down too.
+    from 0 to min(cap, base * 2**n), or to what `reconnect_within` said if that is more: at whatever
+    moment a broker comes back, its clients then do not all come at once. A connection that ends sooner
+    than its back-off counts as a failure: two clients that evict each other slow down too.
     connect_timeout_s: for DNS, TCP, TLS and the broker's answer together.
     window: publishes in flight; further ones wait in `publish`, and nothing of them is held here.
     """
@@ -90,6 +91,7 @@ class MqttTransport:
         self._rng = rng if rng is not None else random.SystemRandom()
         self._backoff_base_s = backoff_base_s
         self._backoff_cap_s = backoff_cap_s
+        self._pace_s = 0.0
         self._window = asyncio.Semaphore(window)
         # a dict for its order: subscriptions are renewed in the order they were made
         self._filters: dict[str, None] = {}
@@ -165,6 +167,10 @@ class MqttTransport:
                 self.bytes_out += len(topic) + len(payload)
                 acknowledged = await connection.publish(topic, payload, retain)
 
+    def reconnect_within(self, seconds: float) -> None:
+        """Spread what follows a lost connection; see `Transport.reconnect_within`."""
+        self._pace_s = seconds
+
     async def stop(self, *, graceful: bool = True) -> None:
         """Disconnect for good; pending publishes raise TransportError. See `Transport.stop`."""
         self._stopped = True
@@ -199,7 +205,7 @@ class MqttTransport:
                 failures
             ):
                 failures = 0
-            delay_s = self._rng.uniform(0.0, self._ceiling_s(failures))
+            delay_s = self._rng.uniform(0.0, max(self._pace_s, self._ceiling_s(failures)))
             failures += 1
             self._report(f"{reason}; next try in {delay_s:.{0 if delay_s >= 10 else 1}f} s")
             await asyncio.sleep(delay_s)
