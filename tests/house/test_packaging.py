@@ -82,6 +82,13 @@ def test_the_wheel_holds_the_four_packages_and_the_demos_plans(wheel: zipfile.Zi
             assert f"covey_fleet/plans/{model}/{file}" in names
 
 
+def test_the_wheel_holds_every_migration(wheel: zipfile.ZipFile) -> None:
+    here = ROOT / "coordinator"
+    files = {str(p.relative_to(here)) for p in here.glob("covey_coordinator/migrations/**/*.py")}
+    assert "covey_coordinator/migrations/env.py" in files
+    assert files <= set(wheel.namelist())
+
+
 def test_the_wheel_installs_both_commands(wheel: zipfile.ZipFile) -> None:
     (name,) = (n for n in wheel.namelist() if n.endswith("entry_points.txt"))
     text = wheel.read(name).decode()

@@ -35,11 +35,10 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
-from msgspec import Meta
 
 from covey_coordinator.files import (
     append_line,
@@ -48,49 +47,12 @@ from covey_coordinator.files import (
     sync_directory,
     write_atomic,
 )
+from covey_coordinator.store.state import UNREADABLE, Count, Progress, RunState
 from covey_shared.errors import ConfigError, StorageError
 from covey_shared.layout import Flat
 
-RunStatus = Literal["queued", "running", "completed", "stopped", "failed"]
-Count = Annotated[int, Meta(ge=0)]
-HexDigest = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
-HexRunId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
-
 MAX_REMEMBERED_MODELS = 1000
 """As many as devices remember to have contributed to."""
-
-_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-
-
-class RunState(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """Where a run stands. model: SHA-256 of the current parameters, empty before the first completed
-    round; model_index: the round they came from. last: the last round's line of metrics.
-    transcripts_lost: rounds whose transcript could not be written; transcript_problem: the last reason.
-    """
-
-    status: RunStatus = "queued"
-    run_id: HexRunId
-    rounds_done: Count = 0
-    rounds_completed: Count = 0
-    rounds_abandoned: Count = 0
-    model: HexDigest = ""
-    model_index: Count = 0
-    last: dict[str, Any] | None = None
-    message: str = ""
-    transcripts_lost: Count = 0
-    transcript_problem: str = ""
-
-
-class Progress(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """A running round, for whoever watches. Not durable."""
-
-    round: int
-    index: int
-    phase: str
-    detail: str
-    answered: int
-    awaited: int
-    present: int
 
 
 class _Rounds(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -137,7 +99,7 @@ class RoundCounter:
             return _Rounds()
         except OSError as error:
             raise storage_error("read", self._path, error) from error
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise StorageError(
                 f'{self._path} is damaged ({error}); write {{"last": N}} into it, N a number no '
                 "lower than that of the last round, which `covey-device check` tells on a device"
@@ -212,7 +174,7 @@ class RunDirectory:
             return msgspec.json.decode(path.read_bytes(), type=RunState)
         except OSError as error:
             raise storage_error("read", path, error) from error
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise StorageError(
                 f"{path} is damaged ({error}); restore it, or remove the run and queue it anew"
             ) from error
@@ -275,7 +237,7 @@ class RunDirectory:
     def _last_index(self) -> int | None:
         try:
             line = msgspec.json.decode(last_line(self.metrics), type=dict[str, Any])
-        except _UNREADABLE:
+        except UNREADABLE:
             return None
         index = line.get("index")
         return index if isinstance(index, int) else None
@@ -299,7 +261,7 @@ class RunDirectory:
             raise storage_error("read", self.metrics, error) from error
         kept = []
         for line in lines:
-            with contextlib.suppress(*_UNREADABLE):  # empty, or cut off by a crash
+            with contextlib.suppress(*UNREADABLE):  # empty, or cut off by a crash
                 kept.append(msgspec.json.decode(line, type=dict[str, Any]))
         return kept
 
@@ -311,5 +273,5 @@ class RunDirectory:
         """What `show` wrote last, if anything."""
         try:
             return msgspec.json.decode((self.path / "progress.json").read_bytes(), type=Progress)
-        except (OSError, *_UNREADABLE):
+        except (OSError, *UNREADABLE):
             return None

@@ -1,0 +1,44 @@
+"""What is known of a run, and of its open round, in types that are checked when they are read."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+RunStatus = Literal["queued", "running", "completed", "stopped", "failed"]
+Count = Annotated[int, Meta(ge=0)]
+HexDigest = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
+HexRunId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
+
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+class RunState(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Where a run stands. model: SHA-256 of the current parameters, empty before the first completed
+    round; model_index: the round they came from. last: the last round's line of metrics.
+    transcripts_lost: rounds whose transcript could not be written; transcript_problem: the last reason.
+    """
+
+    status: RunStatus = "queued"
+    run_id: HexRunId
+    rounds_done: Count = 0
+    rounds_completed: Count = 0
+    rounds_abandoned: Count = 0
+    model: HexDigest = ""
+    model_index: Count = 0
+    last: dict[str, Any] | None = None
+    message: str = ""
+    transcripts_lost: Count = 0
+    transcript_problem: str = ""
+
+
+class Progress(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A running round, for whoever watches. Not durable."""
+
+    round: int
+    index: int
+    phase: str
+    detail: str
+    answered: int
+    awaited: int
+    present: int
