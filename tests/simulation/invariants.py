@@ -6,6 +6,7 @@ what is broken, and the simulation looks after each step.
 """
 
 import hashlib
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from covey_coordinator.averaging import FedAvg
 from covey_coordinator.round import Completed
 from covey_coordinator.run import RoundOutcome
 from covey_coordinator.store import RunDirectory
+from covey_coordinator.transcript import MODEL_BEFORE
 from covey_coordinator.transcript_command import Models, average
 from covey_device import audit
 from covey_device.session import Memory
@@ -87,6 +89,9 @@ class Watch:
         self._digests: set[bytes] = set()  # of all that was ever said, but for chunks
         self._results: dict[int, bytes] = {}  # what was said of a round's sum
         self.disturbed: set[int] = set()  # rounds in which the coordinator or its disk failed
+        self._read: dict[tuple[Path, bytes, bool, bool], str] = {}  # transcripts that were judged
+        self._members: dict[bytes, list[DeviceId]] = {}  # of a manifest
+        self._unquiet = False  # since the last call
         self.proven: set[int] = set()  # rounds whose transcript was found good, with all payloads
         self._parameters = initial
         self._lines = 0
@@ -133,6 +138,10 @@ class Watch:
             case Manifest(head):
                 self._only(payload, "two manifests for one round", head.round)
                 self._heads[manifest_digest(head)] = head
+                self._members[manifest_digest(head)] = [
+                    wire.decode_as(CheckIn, envelope).message.device
+                    for envelope in message.check_ins
+                ]
             case Shares() if head:
                 self._only(payload, "shares twice in one round", device, head.round)
             case RosterVote() if head:
@@ -231,7 +240,8 @@ class Watch:
             return
         packed = pack(completed.ring_sum, completed.encoding.bits)
         self.expect(
-            result.ring_sum == hashlib.sha256(packed).digest(),
+            result.ring_sum == hashlib.sha256(packed).digest()
+            and _names(result.u3, self._members[result.h]) == completed.survivors,
             f"round {result.round} has the result of another sum",
         )
 
@@ -316,74 +326,91 @@ class Watch:
         """The coordinator dies, is stopped, or finds its disk full: the round of this moment, if there
         is one, may go without a transcript."""
         self.disturbed.add(max(self.calls, default=0))
+        self._unquiet = True
+
+    def called(self, *, full: bool) -> None:
+        """A round was called, whose transcript began before that. full: the coordinator's disk still is."""
+        if self._unquiet:
+            self.disturb()
+        self._unquiet = full
 
     def transcript(self, index: int, round_id: int, *, completed: bool) -> None:
         """Of a round that is over there is a transcript which proves what was seen here, unless the
         coordinator or its disk failed meanwhile. None is ever wrong."""
         directory = self._run.path / "rounds" / f"{index:05}"
         for older in directory.glob("transcript-*"):
-            self._sound(older, None)
+            self._sound(older, 0, completed=False)
         path = directory / "transcript"
         excused = self.keep == "off" or round_id in self.disturbed
         if not path.exists():
             self.expect(excused, f"round {round_id} has no transcript")
             return
-        outcome = self._sound(path, round_id if completed else None)
+        outcome = self._sound(path, round_id, completed=completed)
         if outcome == "completed":
             self.expect(completed, f"the transcript of round {round_id} tells of a sum")
         elif completed:
             self.expect(excused, f"the transcript of round {round_id} has no sum: {outcome}")
         elif outcome != "abandoned":
+            # An earlier attempt's, if this one's could not be written.
             self.expect(excused, f"the transcript of round {round_id} is {outcome}")
 
-    def _sound(self, path: Path, round_id: int | None) -> str:
-        """Everything that can be checked of a transcript holds. round_id: of a completed round, of which
-        more is known. Returns how it says that its round ended."""
-        with path.open("rb") as file:
-            report = verify(
-                file.read,
-                fleet_ca=self.fleet_ca,
-                coordinator=self.coordinator,
-                find_model=Models(path, ()).find,
-                average=average,
-            )
+    def _sound(self, path: Path, round_id: int, *, completed: bool) -> str:
+        """Everything that can be checked of a transcript holds. completed: so is its round, of which
+        more is known. Returns how it says that its round ended, or that it is another's."""
+        data, models = path.read_bytes(), Models(path, ())
+        key = (
+            path,
+            hashlib.sha256(data).digest(),
+            path.with_name(MODEL_BEFORE).exists(),
+            completed,
+        )
+        if key not in self._read:
+            self._read[key] = self._judged(path, data, models, round_id, completed=completed)
+        return self._read[key]
+
+    def _judged(
+        self, path: Path, data: bytes, models: Models, round_id: int, *, completed: bool
+    ) -> str:
+        report = verify(
+            io.BytesIO(data).read,
+            fleet_ca=self.fleet_ca,
+            coordinator=self.coordinator,
+            find_model=models.find,
+            average=average,
+        )
         name = f"{path.parent.name}/{path.name}"
         for check in report.checks:
             if check.verdict is Verdict.FAIL:
                 self.broken.append(f"transcript {name}: {check.what}: {check.detail}")
         ending = report.ending.outcome if report.ending else "cut off"
-        if round_id is None or ending != "completed":
+        if report.about is None or report.about.round != round_id:
+            return f"of round {report.about.round if report.about else 'nobody knows which'}"
+        if ending != "completed" or not completed:
             return ending
         self.expect(
-            report.about is not None and report.about.round == round_id,
-            f"transcript {name} is not of round {round_id}",
+            report.complete or report.verdict("payloads") is Verdict.NOT_CHECKED,
+            f"transcript {name} has its masked updates, and not all of it could be checked",
         )
-        whole = report.complete or path.with_name("model-before.bin").exists() is False
-        self.expect(whole, f"transcript {name} has its model, and not all of it could be checked")
         if report.complete:
             self.proven.add(round_id)
-        completed = self.sums.get(round_id)
-        if completed is not None:
-            self.expect(
-                report.summed == len(completed.survivors),
-                f"transcript {name} has a sum of {report.summed} devices",
-            )
-        with path.open("rb") as file:
-            said = [
-                r.body
-                for r in Reader(file.read)
-                if isinstance(r, Record) and r.kind is Kind.MESSAGE
-            ]
-        self.expect(
-            self._results.get(round_id) in (None, *said),
-            f"transcript {name} has another result than was announced",
-        )
-        for envelope in said:
-            if hashlib.sha256(envelope).digest() not in self._digests:
-                label = wire.decode(envelope).message.LABEL
-                # A result is written down with the sum, and may be lost on its way out.
-                self.expect(label == Result.LABEL, f"transcript {name} has a {label} nobody sent")
+        for record in Reader(io.BytesIO(data).read):
+            if isinstance(record, Record) and record.kind is Kind.MESSAGE:
+                self._told(name, round_id, record.body)
         return ending
+
+    def _told(self, name: str, round_id: int, envelope: bytes) -> None:
+        """A message in the transcript of a completed round is one that was said."""
+        message = wire.decode(envelope).message
+        if isinstance(message, Result):
+            said, total = self._results.get(round_id), self.sums.get(round_id)
+            self.expect(said in (None, envelope), f"transcript {name} has another result")
+            if total is not None:
+                packed = hashlib.sha256(pack(total.ring_sum, total.encoding.bits)).digest()
+                survivors = _names(message.u3, self._members[message.h])
+                same = message.ring_sum == packed and survivors == total.survivors
+                self.expect(same, f"transcript {name} has the result of another sum")
+        elif hashlib.sha256(envelope).digest() not in self._digests:
+            self.broken.append(f"transcript {name} has a {message.LABEL} that nobody sent")
 
     def settled(self) -> None:
         """The coordinator's files tell of every round once, in order, and of the model it led to."""
@@ -415,6 +442,10 @@ class Watch:
         self._lines = len(lines)
         known = {line["round"] for line in lines if line["outcome"] == "completed"}
         self.expect(self.results <= known, f"completed rounds are lost: {self.results - known}")
+
+
+def _names(bitmap: bytes, members: list[DeviceId]) -> tuple[DeviceId, ...]:
+    return tuple(members[i] for i in sorted(from_bitmap(bitmap, len(members))))
 
 
 def _plain(value: Any) -> str:

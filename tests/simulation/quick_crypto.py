@@ -2,14 +2,14 @@
 
 Signatures, agreement, boxes and key derivation are what a simulated round spends its time on. Nothing is
 left out: what is computed is the same, and a test holds the two to each other. A signature that was
-verified once is not verified again, and an agreement not computed twice, which pure functions allow.
+verified once is not verified again, nor an agreement or a secret computed twice, which pure functions allow.
 Boxes take the key that they are sealed under from `ephemeral`, so that a seed gives the same bytes again.
 """
 
 import contextlib
 import functools
 import hmac
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from unittest import mock
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from covey_coordinator import round as coordinator_round
-from covey_shared import keys, masking, transcript_checks
+from covey_shared import keys, masking, sharing, transcript_checks
 from covey_shared.errors import LocalProtocolError, RefusedError, SignatureError
 
 _KEM = b"KEM" + (0x0020).to_bytes(2, "big")
@@ -160,6 +160,20 @@ def check_agreement_key(public: bytes, *, owner: str) -> None:
 _check_agreement_key = keys.check_agreement_key
 
 
+@functools.lru_cache(maxsize=256)
+def _combined(shares: tuple[tuple[int, tuple[bytes, ...]], ...], at: int) -> tuple[bytes, ...]:
+    return tuple(_combine({holder: list(some) for holder, some in shares}, at=at))
+
+
+_combine = sharing.combine
+
+
+def combine(shares: Mapping[int, Sequence[bytes]], *, at: int = 0) -> list[bytes]:
+    """`sharing.combine`, asked for the same again by whoever verifies a transcript."""
+    key = tuple((holder, tuple(some)) for holder, some in sorted(shares.items()))
+    return list(_combined(key, at))
+
+
 @contextlib.contextmanager
 def quick_crypto(ephemeral: Callable[[], bytes]) -> Iterator[None]:
     """Everything that makes keys in here makes quick ones. ephemeral: 32 bytes for each box."""
@@ -171,6 +185,7 @@ def quick_crypto(ephemeral: Callable[[], bytes]) -> Iterator[None]:
             (keys, "hkdf", hkdf),
             (keys, "check_agreement_key", check_agreement_key),
             (masking, "hkdf", hkdf),
+            (sharing, "combine", combine),
             (coordinator_round, "AgreementKey", AgreementKey),
             (transcript_checks, "AgreementKey", AgreementKey),
         ):

@@ -326,8 +326,7 @@ class World:
 
     def _called(self, call: RoundCall) -> None:
         """A round that everybody could hear of, in fair weather, is one that must complete."""
-        if self.machines[COORDINATOR].disk.full:
-            self.watch.disturb()
+        self.watch.called(full=self.machines[COORDINATOR].disk.full)
         calm = self.calm_since is not None and self.loop.now >= self.calm_since + SETTLE_S
         if calm and self._awaited is None and len(self.network.clients) == len(self.machines):
             self._note(f"round {call.round} must complete")
