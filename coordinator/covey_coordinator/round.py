@@ -113,6 +113,7 @@ class Round:
         self._present = set(present)
         self.phase = Phase.GATHER
         self._entered = self._last_sent = 0.0
+        self._heard = 0.0  # when a device last came, went, or answered
         self._reveal_secret = rng(32) if reveal_secret is None else reveal_secret
         self._reveal_key = AgreementKey(self._reveal_secret)
         self._check_ins: dict[DeviceId, Signed[CheckIn]] = {}
@@ -238,7 +239,11 @@ class Round:
         Raises RemoteProtocolError, with nothing changed, for what is not a sound message of this
         round by that device.
         """
-        return self._take(wire.decode(data), sender, now_unix) + self._advance(now, now_unix)
+        answered = self._answered_names()
+        actions = self._take(wire.decode(data), sender, now_unix)
+        if self._answered_names() != answered:
+            self._heard = now
+        return actions + self._advance(now, now_unix)
 
     def _take(self, signed: Signed[Message], sender: DeviceId, now_unix: int) -> list[Action]:
         message = signed.message
@@ -275,6 +280,7 @@ class Round:
 
     def presence(self, device: DeviceId, online: bool, now: float, now_unix: int) -> list[Action]:
         """A hint that a device came or went. Nothing but waiting times hangs on it."""
+        self._heard = now
         (self._present.add if online else self._present.discard)(device)
         return self._advance(now, now_unix)
 
@@ -555,8 +561,7 @@ class Round:
         out_of_time = now - self._entered >= spec.call.gather_s
         # Everyone present has answered, and there are enough of them; or twice as many as are
         # wanted, so that the choice below is still one of chance and not of who is fastest.
-        settled = count >= min(spec.goal, limit) and self._waited(now, spec.call.gather_s)
-        if not (settled or count >= 2 * limit or out_of_time):
+        if not (self._settled(now) or count >= 2 * limit or out_of_time):
             return []
         if count < spec.call.n_min:
             left = "".join(f"; {d}: {r}" for d, r in sorted(self._declined.items())[:3])
@@ -571,6 +576,19 @@ class Round:
             return self._enter_share(manifest, now)
         except RemoteProtocolError as error:  # a certificate that ended while we gathered
             return self._abandon(f"the devices would refuse this manifest: {error}")
+
+    def _settled(self, now: float) -> bool:
+        """Whether waiting on would bring nobody who makes a difference, as far as can be told."""
+        spec, count = self.spec, len(self._check_ins)
+        enough = count >= min(spec.goal, spec.cohort_limit)
+        quiet = now - max(self._entered, self._heard) >= spec.absent_grace_s
+        if spec.call.chance < 1.0:
+            # Nobody knows who drew not to come: those who come do so within the spread.
+            return enough and quiet and now - self._entered >= spec.call.spread_s
+        # The goal may be out of reach, when that many are not there or will not: it is not waited for.
+        if not enough and not (quiet and count >= spec.call.n_min):
+            return False
+        return self._awaited_names() <= self._answered_names()
 
     def _enter_share(self, manifest: Signed[Manifest], now: float) -> list[Action]:
         """Raises RemoteProtocolError, with nothing changed, for a manifest that devices would refuse."""

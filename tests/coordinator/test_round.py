@@ -16,7 +16,7 @@ from covey_shared.errors import (
     RefusedError,
     SignatureError,
 )
-from covey_shared.messages import CheckIn, Decline
+from covey_shared.messages import CheckIn, Decline, DeviceId
 from covey_shared.secagg.aggregator import Aggregator
 from lab import NOW_UNIX, RUN, Lab
 from mallory import lie
@@ -40,6 +40,78 @@ def test_a_phase_lasts_from_when_its_messages_went_out():
     assert machine.phase is Phase.GATHER
     machine.tick(4 * gather_s, NOW_UNIX)
     assert machine.phase is Phase.ABANDONED
+
+
+def gathering(lab, *, n, **changes):
+    """A round of which n devices' check-ins are handed over, at 0 s; the others say nothing."""
+    play = lab.round(**changes)
+    play.intercept = lambda mail: (mail,) if mail.sender in (None, *lab.names[:n]) else ()
+    play.open()
+    play.drain()
+    return play.machine
+
+
+def test_a_goal_that_nobody_is_there_for_is_not_waited_for(lab):
+    """All that are present have checked in: a grace for newcomers, and the round goes on."""
+    machine = gathering(lab, n=4, goal=10, absent_grace_s=2.0)
+    machine.tick(1.9, NOW_UNIX)
+    assert machine.phase is Phase.GATHER
+    machine.presence(DeviceId("newcomer"), True, 1.9, NOW_UNIX)
+    machine.tick(5.0, NOW_UNIX)
+    assert machine.phase is Phase.GATHER, "the newcomer may yet answer"
+    machine.presence(DeviceId("newcomer"), False, 5.0, NOW_UNIX)
+    machine.tick(6.9, NOW_UNIX)
+    assert machine.phase is Phase.GATHER
+    machine.tick(7.0, NOW_UNIX)
+    assert machine.phase is Phase.SHARE
+    assert machine.cohort.n == 4
+
+
+def test_a_goal_that_a_refusal_puts_out_of_reach_is_not_waited_for(lab):
+    machine = gathering(lab, n=3, goal=4, absent_grace_s=2.0)
+    machine.tick(5.0, NOW_UNIX)
+    assert machine.phase is Phase.GATHER, "the fourth is there, and may yet answer"
+    name = lab.names[3]
+    decline = Decline("lab", RUN, 1, name, "too warm")
+    machine.receive(wire.sign(decline, lab.identities[name]).envelope, name, 5.0, NOW_UNIX)
+    machine.tick(6.9, NOW_UNIX)
+    assert machine.phase is Phase.GATHER
+    machine.tick(7.0, NOW_UNIX)
+    assert machine.phase is Phase.SHARE
+
+
+def test_fewer_than_the_least_are_waited_for_until_the_end(lab):
+    """The round would be abandoned at once, and so would be the next one."""
+    machine = gathering(lab, n=2, goal=4, absent_grace_s=2.0)
+    for name in lab.names[2:]:
+        machine.presence(name, False, 1.0, NOW_UNIX)
+    machine.tick(9.9, NOW_UNIX)
+    assert machine.phase is Phase.GATHER
+    machine.tick(10.0, NOW_UNIX)
+    assert machine.phase is Phase.ABANDONED
+
+
+@pytest.mark.parametrize("spread_s", [0.0, 5.0])
+def test_of_a_fleet_that_drew_nobody_knows_who_will_answer(spread_s):
+    """So nobody in particular is waited for, but all of the spread is, and for some quiet after."""
+    lab = Lab(6)
+    call = lab.call(chance=0.999999, spread_s=spread_s)
+    machine = gathering(lab, n=4, call=call, goal=3, absent_grace_s=2.0)
+    over = max(spread_s, 2.0)
+    machine.tick(over - 0.1, NOW_UNIX)
+    assert machine.phase is Phase.GATHER
+    machine.tick(over, NOW_UNIX)
+    assert machine.phase is Phase.SHARE
+    assert machine.cohort.n == 3
+
+
+def test_a_fleet_that_drew_too_few_is_waited_for_until_the_end():
+    lab = Lab(6)
+    machine = gathering(lab, n=4, call=lab.call(chance=0.999999), goal=5, absent_grace_s=2.0)
+    machine.tick(9.9, NOW_UNIX)
+    assert machine.phase is Phase.GATHER
+    machine.tick(10.0, NOW_UNIX)
+    assert machine.phase is Phase.SHARE
 
 
 def held(play, kind):
