@@ -18,6 +18,12 @@ MAX_PER_DEVICE = 32
 MAX_BYTES = 64 << 20
 """Of all devices together. A full cohort's shares are a quarter of it."""
 
+OVERHEAD_BYTES = 300
+"""What an event takes beside its bytes: anybody whom the broker lets in may send one byte in any name."""
+
+MAX_PRESENCES = 100_000
+"""Names of whom word waits, as many as the registry has room for. Of more it is dropped: it is a hint."""
+
 
 @dataclass(frozen=True, slots=True)
 class Heard:
@@ -58,13 +64,14 @@ class Inbox:
 
     def heard(self, device: DeviceId, data: bytes) -> bool:
         """A message; False if it was dropped, because too many wait."""
-        if self._per_device[device] >= MAX_PER_DEVICE or self._bytes + len(data) > MAX_BYTES:
+        cost = len(data) + OVERHEAD_BYTES
+        if self._per_device[device] >= MAX_PER_DEVICE or self._bytes + cost > MAX_BYTES:
             if device not in self._flooders and len(self._flooders) < MAX_PER_DEVICE:
                 self._flooders.add(device)
                 log.warning("%s sends more than can be heard; dropped some of it", device)
             return False
         self._per_device[device] += 1
-        self._bytes += len(data)
+        self._bytes += cost
         self._put(Heard(device, data))
         return True
 
@@ -75,6 +82,8 @@ class Inbox:
     def presence(self, device: DeviceId, online: bool) -> None:
         """Of one device only the last is kept, however often it comes and goes."""
         if device not in self._presence:
+            if len(self._presence) >= MAX_PRESENCES:
+                return
             self._put(device)
         self._presence[device] = online
 
@@ -92,7 +101,7 @@ class Inbox:
             await self._news.wait()
         event = self._events.popleft()
         if isinstance(event, Heard):
-            self._bytes -= len(event.data)
+            self._bytes -= len(event.data) + OVERHEAD_BYTES
             self._per_device[event.device] -= 1
             if not self._per_device[event.device]:
                 del self._per_device[event.device]

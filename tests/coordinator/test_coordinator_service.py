@@ -311,7 +311,7 @@ def test_a_device_that_talks_too_much_loses_its_own_messages_only():
 
 
 def test_what_waits_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(inbox, "MAX_BYTES", 1000)
+    monkeypatch.setattr(inbox, "MAX_BYTES", 10 * (100 + inbox.OVERHEAD_BYTES))
 
     async def scenario() -> None:
         box = inbox.Inbox()

@@ -1,0 +1,83 @@
+"""What the coordinator holds from round to round has a bound, whoever talks and however long it runs."""
+
+import asyncio
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from covey_coordinator import inbox, registry
+from covey_coordinator.inbox import Inbox
+from covey_coordinator.registry import Registry
+from covey_shared.messages import DeviceId
+
+NAMES = [DeviceId(f"made-up-{i}") for i in range(10_000)]
+
+
+def grown(step: Callable[[], Any]) -> int:
+    """Bytes that a step leaves behind in this process's Python objects."""
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        kept = step()  # what it gives back is not yet gone
+        after = tracemalloc.get_traced_memory()[0]
+        del kept
+        return after - before
+    finally:
+        tracemalloc.stop()
+
+
+def test_made_up_names_leave_nothing_in_the_registry_when_they_are_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry, "MAX_PRESENT", 100)
+    fleet = Registry()
+
+    def noise() -> None:
+        for name in NAMES:
+            fleet.presence(name, True)
+        for name in NAMES:
+            fleet.presence(name, False)
+            fleet.admit(name, bytes(32), 1)
+
+    # A hundred names are remembered, of ten thousand: a set of that many, and nothing else.
+    assert grown(noise) < 50_000
+    assert not fleet.present
+    assert not fleet.faults
+
+
+def test_word_of_made_up_names_does_not_pile_up_unheard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come and go faster than a round looks: the registry forgets each, and so must what waits."""
+    monkeypatch.setattr(inbox, "MAX_PRESENCES", 100)
+
+    async def scenario() -> None:
+        fleet, box = Registry(), Inbox()
+        for name in NAMES:
+            for online in (True, False):
+                if fleet.presence(name, online):
+                    box.presence(name, online)
+        assert len(box) == 100
+        box.presence(NAMES[0], True)  # of whom something waits, the last word still counts
+        assert await box.get() == inbox.Presence(NAMES[0], True)
+        box.presence(NAMES[-1], True)  # and there is room again
+        assert len(box) == 100
+
+    asyncio.run(scenario())
+
+
+def test_single_bytes_in_made_up_names_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox, "MAX_BYTES", 1_000_000)
+    held: list[Inbox] = []
+
+    def noise() -> None:
+        held.append(Inbox())
+        for name in NAMES:
+            held[0].heard(name, b"?")
+
+    async def scenario() -> None:
+        # Of each no more than what it says, or the bound would be one of bytes that nobody counts.
+        assert grown(noise) <= 1_100_000
+
+    asyncio.run(scenario())
+    assert 0 < len(held[0]) < len(NAMES)
