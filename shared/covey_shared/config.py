@@ -47,20 +47,33 @@ def parse(text: str, kind: type[T], *, file: str) -> T:
     """TOML -> `kind`, validated as a whole. Raises ConfigError."""
     try:
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: not TOML: {error}") from error
+    except RecursionError as error:
+        raise _too_deep(file) from error
+    except ValueError as error:  # Python's limit of digits, which tomllib hands on
+        raise ConfigError(f"{file}: not TOML: a number in it has thousands of digits") from error
     return convert(table, kind, file=file)
 
 
 def convert(table: dict[str, Any], kind: type[T], *, file: str) -> T:
     """A parsed table -> `kind`. Raises ConfigError. TOML's `inf` and `nan` are refused everywhere."""
-    for key, value in _numbers("", table):
-        if not math.isfinite(value):
-            raise ConfigError(f"{file}: key `{key}` is {value}; it must be a finite number")
+    try:
+        for key, value in _numbers("", table):
+            if not math.isfinite(value):
+                raise ConfigError(f"{file}: key `{key}` is {value}; it must be a finite number")
+    except RecursionError as error:  # dotted keys nest deeper than tomllib itself goes
+        raise _too_deep(file) from error
     try:
         return msgspec.convert(table, kind, strict=True)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{file}: {_explain(str(error), kind, table)}") from error
+
+
+def _too_deep(file: str) -> ConfigError:
+    return ConfigError(
+        f"{file}: tables and lists stand in each other hundreds deep; none has more than 3"
+    )
 
 
 def unreadable(path: object, error: OSError | UnicodeDecodeError) -> ConfigError:
@@ -238,6 +251,9 @@ def _shown(value: Any) -> str:
             return "a table"
         case list():
             return "an empty list" if not value else "a list"
+        case int() if value.bit_length() > 4 * _MAX_SHOWN_CHARS:
+            # Python refuses to print those of thousands of digits.
+            return f"a number of {value.bit_length():,} bits"
         case int() | float():
             return f"{value}"[:_MAX_SHOWN_CHARS]
         case datetime.date() | datetime.time():

@@ -122,9 +122,25 @@ def test_what_is_not_toml_says_where():
         config.parse('name = "a"\nname = ]\n', Outer, file="some.toml")
 
 
-def test_nesting_without_end_is_not_toml():
-    with pytest.raises(ConfigError, match="not TOML"):
-        config.parse("a = " + "[" * 100_000, Outer, file="some.toml")
+@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "a" + ".a" * 2000 + " = 1"])
+def test_nesting_without_end_is_refused(text: str):
+    with pytest.raises(ConfigError, match=r"^some\.toml: .* hundreds deep"):
+        config.parse(text, Outer, file="some.toml")
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        ("9" * 5000, "a number in it has thousands of digits"),
+        ("0x" + "f" * 5000, "20,000 bits; it must be"),
+    ],
+)
+def test_a_number_too_long_for_python_is_refused(number: str, told: str):
+    with pytest.raises(ConfigError, match=told) as caught:
+        config.parse(
+            f'name = {number}\nshape = {{ kind = "circle", radius = 2 }}', Outer, file="some.toml"
+        )
+    assert len(str(caught.value)) < 200
 
 
 def test_whole_numbers_pass_for_numbers():
