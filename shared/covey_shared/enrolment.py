@@ -213,7 +213,8 @@ def decode_token(text: str) -> Token:
         )
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-    if not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536 or len(host) > 255:
+    digits = port.isascii() and port.isdigit() and len(port) <= 5  # int() refuses thousands of them
+    if not digits or not 0 < int(port) < 65536 or len(host) > 255:
         raise ConfigError("the token's address is damaged: copy the whole line again")
     token_hash, secret = _unbase64(pinned), _unbase64(tail)
     if len(token_hash) != 32 or len(secret) != keys.SEED_BYTES:
