@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import random
+import socket
 import ssl
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -580,6 +582,26 @@ def test_tls_where_none_is_spoken(answer: bytes | None, reason: str) -> None:
                 await x.until_reasons()
                 assert reason in x.reasons[0]
                 assert "TLS port" in x.reasons[0]
+
+    run(scenario())
+
+
+def test_a_reset_in_the_midst_of_a_handshake_is_not_the_last_attempt() -> None:
+    """As of a proxy or a firewall that turns clients away for a while."""
+
+    async def scenario() -> None:
+        async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read(1)
+            connection = writer.get_extra_info("socket")
+            # With no time to linger, closing sends a reset.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+
+        async with await asyncio.start_server(reset, "127.0.0.1", 0) as server:
+            url = f"mqtts://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            async with listener(url, connected=False) as x:
+                await x.until_reasons(3)
+                assert "the other side closed the connection" in x.reasons[0]
 
     run(scenario())
 

@@ -56,7 +56,9 @@ def explain(error: OSError, url: BrokerUrl) -> str:
         )
     if isinstance(error, ssl.SSLError):
         return (
-            f"TLS: the handshake with {url.address} failed ({error.reason or error.strerror}); "
+            # `reason` is OpenSSL's own; an error that Python makes has none
+            f"TLS: the handshake with {url.address} failed "
+            f"({getattr(error, 'reason', None) or error.strerror}); "
             "is this its TLS port?"
         )
     if isinstance(error, socket.gaierror):
