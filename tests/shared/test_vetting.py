@@ -435,6 +435,10 @@ RULES = {
     "no bytes": (tensor_with(lambda t: t.dims.__setitem__(0, 2**62)), "24 bytes"),
     "a negative side": (tensor_with(lambda t: t.dims.__setitem__(0, -1)), "side of -1"),
     "sides that wrap": (tensor_with(lambda t: t.dims.extend([2**32, 2**32])), "24 bytes"),
+    "vast and empty": (
+        tensor_with(lambda t: (t.dims.insert(0, 0), t.dims.append(2**62), setting(raw_data=b"")(t))),
+        r"is empty, with the sides \[0, 3, 4611686018427387904\]",
+    ),
     "high rank": (tensor_with(lambda t: t.dims.extend([1] * 16)), "more than 16 of dims"),
     "a name without end": (tensor_with(setting(name="n" * 1001)), "1001 bytes; at most 1000"),
     "no name": (tensor_with(lambda t: t.ClearField("name")), "has no name"),

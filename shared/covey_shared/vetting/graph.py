@@ -266,11 +266,14 @@ def _tensor(fields: dict[int, Any], meter: Meter, slots: Mapping[str, Any]) -> T
             f"initializer {name!r} is of element type {fields.get(2)}, which plans have not"
         )
     dtype, width = DTYPES[fields[2]]
-    size = width
+    size = extent = width
     for side in shape:
         if side < 0:
             raise refusal(f"initializer {name!r} has a side of {side}")
         size *= side
+        extent *= side or 1
+    if not size and extent > MAX_INTEGER:  # nothing in it, and yet too large for numpy to describe
+        raise refusal(f"initializer {name!r} is empty, with the sides {list(shape)}")
     slot = slots.get(name.removeprefix("slot.")) if name.startswith("slot.") else None
     if slot is not None:
         entries = [read(entry, _ENTRY, meter) for entry in fields.get(13, ())]
