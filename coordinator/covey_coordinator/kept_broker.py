@@ -175,6 +175,7 @@ class KeptBroker:
         while True:
             await asyncio.sleep(WATCH_S)
             if self.broker.running:
+                self.broker.trim_log()
                 continue
             log.error(
                 "the broker ended (exit code %s); starting it again. Its log %s ends with: %s",

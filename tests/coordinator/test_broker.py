@@ -1,6 +1,7 @@
 """Brokers as child processes: private, on loopback, gone when we are gone."""
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -221,6 +222,47 @@ def test_a_broker_whose_parent_is_gone_already_does_not_start() -> None:
     assert done.returncode != 0
     assert done.stdout == ""
     assert "parent process ended" in done.stderr
+
+
+def test_its_log_is_bounded_however_many_come_and_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mosquitto's, which has a line for each; the embedded broker says next to nothing."""
+    if mosquitto.find() is None:
+        missing("mosquitto is not installed: apt install mosquitto")
+    monkeypatch.setattr(running, "MAX_LOG_BYTES", 2000)
+
+    async def scenario() -> None:
+        async with await start_broker("mosquitto", tmp_path, users={"covey": PASSWORD}) as broker:
+            await talk(broker)
+
+    async def talk(broker: RunningBroker) -> None:
+        before = broker.directory / "broker.log.1"
+
+        async def knock() -> None:
+            """Somebody connects, or says at least something."""
+            said = broker.log.stat().st_size
+            reader, writer = await asyncio.open_connection(broker.host, broker.port)
+            writer.write(b"\r\n" * 20)
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+            writer.close()
+            await poll(lambda: broker.log.stat().st_size > said)
+
+        broker.trim_log()
+        assert not before.exists()
+        while broker.log.stat().st_size <= 2000:
+            await knock()
+        last = broker.last_log_lines(1)
+        broker.trim_log()
+        assert broker.log.stat().st_size == 0
+        assert before.read_text().splitlines()[-1:] == last
+        assert before.stat().st_mode & 0o777 == 0o600
+        await knock()  # it goes on writing at the file's beginning, not where it was
+        assert b"\0" not in broker.log.read_bytes()
+        assert broker.log.stat().st_size < 2000
+
+    run(scenario())
 
 
 def test_ctrl_c_is_not_for_the_broker(brokers: Brokers) -> None:

@@ -34,8 +34,13 @@ class FakeBroker:
         self.process = type("Process", (), {"returncode": -9})()
         self.log = Path("broker.log")
 
+        self.trimmed = 0
+
     def last_log_lines(self, n_lines: int) -> list[str]:
         return ["out of memory"]
+
+    def trim_log(self) -> None:
+        self.trimmed += 1
 
 
 def test_a_broker_that_ends_by_itself_is_started_again(
@@ -57,6 +62,7 @@ def test_a_broker_that_ends_by_itself_is_started_again(
         keeping = asyncio.create_task(kept.keep())
         await asyncio.sleep(0.05)
         assert tries == []
+        assert first.trimmed  # its log is looked after as long as it runs
         first.running = False
         async with asyncio.timeout(5):
             while kept.broker is first:

@@ -1,6 +1,8 @@
 """Starting a broker, waiting until it listens, and ending it."""
 
 import asyncio
+import contextlib
+import logging
 import os
 import re
 import signal
@@ -20,6 +22,8 @@ from covey_coordinator.broker.files import private_directory
 from covey_coordinator.files import write_atomic
 from covey_shared.errors import ConfigError, StorageError, TransportError
 
+log = logging.getLogger("covey.coordinator")
+
 HOST = "127.0.0.1"
 
 BrokerKind = Literal["embedded", "mosquitto"]
@@ -32,6 +36,10 @@ _LOG_LINES = 8
 _LOCAL_CONNECTIONS = 1024  # on loopback, from this machine alone
 _LOG_TAIL_BYTES = 16 * 1024
 _RELOAD_S = 10.0
+
+MAX_LOG_BYTES = 4_000_000
+"""Of the log that is written, and again of the one before: 20,000 connections that came and went. Who
+knocks at the port decides how much there is to say."""
 
 # Of the broker itself; OpenSSL's own, about a client, have more words in front.
 _ERROR = re.compile(rb"^\S+: (Error.*)$", re.MULTILINE)
@@ -66,6 +74,7 @@ class RunningBroker:
         self.process = process
         self.log = log
         self.access = access
+        self._reading_log = False
 
     def __repr__(self) -> str:
         state = "running" if self.running else "ended"
@@ -90,6 +99,20 @@ class RunningBroker:
         except OSError:
             return []
 
+    def trim_log(self) -> None:
+        """Begin the log anew if it has become too long; the one so far is kept beside it. To be called
+        now and then, as the child itself writes for ever. A full disk costs what was in it."""
+        try:
+            if self._reading_log or self.log.stat().st_size <= MAX_LOG_BYTES:
+                return
+            before = self.log.with_name("broker.log.1")
+            with contextlib.suppress(StorageError):
+                write_atomic(before, self.log.read_bytes(), mode=0o600, durable=False)
+            # The child goes on at what is then the end, as it opened the file for appending.
+            os.truncate(self.log, 0)
+        except OSError as error:
+            log.warning("cannot begin %s anew: %s", self.log, error.strerror)
+
     async def admit(self, access: Access) -> bool:
         """Let in whom `access` says from now on -> whether that is news.
 
@@ -106,6 +129,16 @@ class RunningBroker:
         for name, content in new.items():
             if old.get(name) != content:
                 write_atomic(self.directory / name, content, mode=0o600, durable=False)
+        self._reading_log = True
+        try:
+            await self._reload()
+        finally:
+            self._reading_log = False
+        self.access = access
+        return True
+
+    async def _reload(self) -> None:
+        """Have mosquitto read its files again, and return when it has. Raises TransportError."""
         before = self.log.stat().st_size
         self.process.send_signal(signal.SIGHUP)
         for _ in range(int(_RELOAD_S / _POLL_S)):
@@ -120,8 +153,7 @@ class RunningBroker:
                 )
             # what it says while it reloads, it says at once
             if reloading and await self._answers():
-                self.access = access
-                return True
+                return
             await asyncio.sleep(_POLL_S)
         raise TransportError("mosquitto does not take its new rules: it does not answer")
 
