@@ -11,8 +11,10 @@ At most 7 levels (AWS IoT's limit); this uses 4::
     covey/FLEET/presence/DEVICE     device -> coordinator    "online" / "offline" (last will), retained
 
 Everything goes with QoS 1: delivered once or more while a session lasts. Nothing relies on more:
-every message may be repeated, and whoever waits for one asks again. Presence is a hint that saves
-waiting; it is not signed, and no check hangs on it.
+every message may be repeated, and whoever waits for one asks again. Chunks of blobs too: what waits for
+many slow readers a broker holds once with QoS 1, and a copy for each of them with QoS 0.
+
+Presence is a hint that saves waiting; it is not signed, and no check hangs on it.
 """
 
 from dataclasses import dataclass

@@ -5,6 +5,7 @@ import logging
 import random
 import ssl
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 
 from covey_shared.errors import LocalProtocolError, TransportError
 from covey_shared.mqtt.connection import Connection, Settings
@@ -44,6 +45,9 @@ class MqttTransport:
 
     broker: a URL or its parts. username, password: instead of the URL's. tls: the context to use;
     without one, mqtts:// verifies the broker against the system's authorities.
+    session_s: for how long away the broker's queue of what came for us is of use; 0 for no queue.
+    What it kept for longer, or for another process of this client id, is discarded unread but for what
+    the broker sends at once: old messages would hold up the new ones.
     rng: draws the back-off's jitter; a seeded one makes a test repeatable.
     backoff_base_s, backoff_cap_s: after n failures in a row it waits for a time drawn uniformly
     from 0 to min(cap, base * 2**n), or to what `reconnect_within` said if that is more: at whatever
@@ -63,7 +67,7 @@ class MqttTransport:
         tls: ssl.SSLContext | None = None,
         will: Will | None = None,
         keepalive_s: int = 60,
-        clean_session: bool = True,
+        session_s: float = 0.0,
         rng: random.Random | None = None,
         backoff_base_s: float = 1.0,
         backoff_cap_s: float = 60.0,
@@ -85,7 +89,7 @@ class MqttTransport:
             tls=tls,
             will=will,
             keepalive_s=keepalive_s,
-            clean_session=clean_session,
+            clean_session=session_s <= 0,
             timeout_s=connect_timeout_s,
         )
         self._rng = rng if rng is not None else random.SystemRandom()
@@ -95,6 +99,10 @@ class MqttTransport:
         self._window = asyncio.Semaphore(window)
         # a dict for its order: subscriptions are renewed in the order they were made
         self._filters: dict[str, None] = {}
+        self._session_s = session_s
+        # Unsubscribed from while there was no connection: a session that was kept has them still.
+        self._dropped: dict[str, None] = {}
+        self._lost_at_s: float | None = None  # when a connection was lost; None before the first
         self._current: Connection | None = None  # being opened, or open
         self._standing: Connection | None = None  # open, with all subscriptions renewed
         self._changed = asyncio.Event()  # there is a standing connection, or we stopped
@@ -154,8 +162,13 @@ class MqttTransport:
         self._check_running()
         for topic_filter in topic_filters:
             self._filters.pop(topic_filter, None)
-        if topic_filters and self._standing is not None:
-            await self._standing.unsubscribe(topic_filters)
+        if not topic_filters:
+            return
+        standing = self._standing
+        if standing is not None:
+            await standing.unsubscribe(topic_filters)
+        if not self._settings.clean_session and (standing is None or standing.lost.done()):
+            self._dropped |= dict.fromkeys(topic_filters)
 
     async def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Publish with QoS 1; see `Transport.publish`."""
@@ -197,6 +210,8 @@ class MqttTransport:
                     reason = await asyncio.shield(self._current.lost)
             finally:
                 self._standing = None
+                if stood_since_s is not None:
+                    self._lost_at_s = loop.time()
                 await self._current.close(graceful=False)
             if self._stopped:
                 return
@@ -214,11 +229,10 @@ class MqttTransport:
         """Open a connection and renew the subscriptions -> why that failed, or None."""
         try:
             await connection.open()
+            if connection.session_present and self._outdated():
+                connection = await self._without_session(connection)
             async with asyncio.timeout(self._settings.timeout_s):
-                # more may be asked for while we wait for the answer
-                while wanted := [f for f in self._filters if f not in connection.asked]:
-                    if refused := await connection.subscribe(wanted):
-                        _log.error("%s", self._refusal(refused))
+                await self._agree(connection)
         except TransportError as error:
             return str(error)
         except TimeoutError:
@@ -229,6 +243,41 @@ class MqttTransport:
         self._changed.set()
         self._news.set()
         return None
+
+    def _outdated(self) -> bool:
+        """Whether what the broker kept for us is of no use any more."""
+        away_s = self._lost_at_s
+        return away_s is None or asyncio.get_running_loop().time() - away_s > self._session_s
+
+    async def _without_session(self, connection: Connection) -> Connection:
+        """Have the broker forget what it kept -> another connection. Raises TransportError."""
+        await connection.close(graceful=True)
+        for clean in (True, False):
+            connection = Connection(replace(self._settings, clean_session=clean), self._receive)
+            self._current = connection
+            await connection.open()
+            if clean:
+                await connection.close(graceful=True)
+        return connection
+
+    async def _agree(self, connection: Connection) -> None:
+        """Have the broker send what is wanted, and nothing else. All is subscribed to again, whatever it
+        kept: what it retains then comes again."""
+        while not connection.lost.done():
+            # more may be asked for, or less, while we wait for an answer
+            if wanted := [f for f in self._filters if f not in connection.asked]:
+                if refused := await connection.subscribe(wanted):
+                    _log.error("%s", self._refusal(refused))
+                continue
+            kept = self._dropped if connection.session_present else {}
+            unwanted = [f for f in (*kept, *connection.asked) if f not in self._filters]
+            if unwanted:
+                await connection.unsubscribe(unwanted)
+            if connection.lost.done():
+                return
+            self._dropped = {f: None for f in self._dropped if f not in unwanted and unwanted}
+            if not unwanted:
+                return
 
     async def _tell_of_connections(self) -> None:
         """Call on_connected after each connection, never twice at a time."""

@@ -53,6 +53,7 @@ class Connection:
     receive: called with every message; must not raise.
     lost: resolves to the reason when the connection ends, in whatever way.
     asked: the filters that were subscribed to on this connection, granted or not.
+    session_present: the broker kept what a connection before left behind.
     """
 
     def __init__(self, settings: Settings, receive: Callable[[Incoming], None]) -> None:
@@ -66,6 +67,7 @@ class Connection:
         self._timer: asyncio.TimerHandle | None = None
         self.lost: asyncio.Future[str] = self._loop.create_future()
         self.asked: set[str] = set()
+        self.session_present = False
         self._client = self._make_client()
 
     async def open(self) -> None:
@@ -184,6 +186,7 @@ class Connection:
             refusal = f"{where} refuses the client id {settings.client_id!r}; choose another"
         elif reason.is_failure:
             refusal = f"{where} refuses the connection: {name.lower()}"
+        self.session_present = bool(flags.session_present)
         self._admission.set_result(refusal)
 
     def _on_disconnect(
