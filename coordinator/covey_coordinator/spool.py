@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from types import TracebackType
 
+from covey_coordinator.files import sync_directory
 from covey_shared.errors import LocalProtocolError, StorageError
 
 
@@ -26,6 +27,7 @@ class FileSink:
         self.path = path
         self.size = size
         self._fd: int | None = None
+        self._named = False
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Store data at offset; never beyond `size`."""
@@ -60,9 +62,12 @@ class FileSink:
         return b"".join(parts)
 
     def sync(self) -> None:
-        """Return once what was written would survive a power cut."""
+        """Return once what was written would survive a power cut, and the file's name with it."""
         try:
             os.fsync(self._open())
+            if not self._named:
+                sync_directory(self.path.parent)
+                self._named = True
         except OSError as error:
             raise self._storage_error("write", error) from error
 
