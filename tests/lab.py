@@ -90,6 +90,7 @@ class Lab:
         self.identities = {name: keys.SigningKey(self.rng(32)) for name in self.names}
         self.certificates = {name: self.certify(name, key) for name, key in self.identities.items()}
         self.saved: dict[DeviceId, list[device.Memory]] = {name: [] for name in self.names}
+        self.kept: dict[DeviceId, device.Unfinished | None] = dict.fromkeys(self.names)
         self.started = dict.fromkeys(self.names, 0)
         self.plain: dict[tuple[DeviceId, int], np.ndarray] = {}
         self.sessions = {name: self.session(name) for name in self.names}
@@ -113,6 +114,7 @@ class Lab:
         name: DeviceId,
         memory: device.Memory | None = None,
         policy: device.Policy | None = None,
+        unfinished: device.Unfinished | None = None,
     ) -> device.Session:
         def witness(round_id: int, ring: np.ndarray) -> None:
             self.plain[name, round_id] = ring
@@ -127,12 +129,13 @@ class Lab:
             memory or device.Memory(),
             seeded((self.seed, name, self.started[name])),
             witness,
+            unfinished=unfinished,
         )
 
     def restart(self, name: DeviceId) -> device.Session:
         """A device's process dies; a new one starts with what the last one saved."""
         memory = self.saved[name][-1] if self.saved[name] else device.Memory()
-        self.sessions[name] = self.session(name, memory)
+        self.sessions[name] = self.session(name, memory, unfinished=self.kept[name])
         return self.sessions[name]
 
     def call(self, round_id: int = 1, **changes: object) -> RoundCall:
@@ -377,6 +380,10 @@ class Play:
                         self.train(name, round_id)
                 case device.Save(memory):
                     self.lab.saved[name].append(memory)
+                case device.Keep(unfinished):
+                    self.lab.kept[name] = unfinished
+                case device.Forget():
+                    self.lab.kept[name] = None
                 case device.Ended():
                     self.ended[name] = action
                 case device.StopTraining():

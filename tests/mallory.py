@@ -245,6 +245,10 @@ class Mallory(Forger):
                     done += self._follow(name, session.trained(round_id, *update))
                 case device.Save(memory):
                     self.lab.saved[name].append(memory)
+                case device.Keep(unfinished):
+                    self.lab.kept[name] = unfinished
+                case device.Forget():
+                    self.lab.kept[name] = None
                 case device.Upload(payload):
                     self.payloads[name] = payload
         return done

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from covey_device.memory import Memory
+from covey_device.unfinished import Unfinished
 from covey_shared.messages import Head, Message, RoundCall
 from covey_shared.wire import Signed
 
@@ -52,6 +53,19 @@ class Save:
 
 
 @dataclass(frozen=True, slots=True)
+class Keep:
+    """Make this durable before any later action of the same list, if the disk has room for it: without
+    it a restart costs the update, and nothing worse."""
+
+    unfinished: Unfinished
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """What was kept of an upload is of no use any more."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """The round is over for this device. contributed: its update is in the sum. call: what it was
     called to."""
@@ -76,7 +90,9 @@ class Renew:
     issued_unix: int
 
 
-Action = Publish | Upload | Fetch | Train | StopTraining | Save | Ended | Pace | Renew
+Action = (
+    Publish | Upload | Fetch | Train | StopTraining | Save | Keep | Forget | Ended | Pace | Renew
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,10 @@ from covey_shared.secagg.cohort import Trust
 from covey_shared.topics import OFFLINE, Topics
 from covey_shared.transport import Will
 
+SESSION_S = 300.0
+"""What the broker kept for us while we were away for longer is not worth its time: all that matters of a
+round is repeated, and the call is retained."""
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceParts:
@@ -185,6 +189,7 @@ def assemble(parts: DeviceParts) -> DeviceService:
         parts.memory.load(),
         os.urandom,
         clock=steady_clock(),
+        unfinished=parts.memory.unfinished(parts.trust, parts.identity.public, device),
     )
     transport = MqttTransport(
         config.broker.url,
@@ -194,6 +199,7 @@ def assemble(parts: DeviceParts) -> DeviceService:
         password=parts.password,
         tls=parts.tls,
         keepalive_s=config.broker.keepalive_s,
+        session_s=SESSION_S,
         will=Will(Topics(config.fleet).presence(device), OFFLINE),
     )
     service = DeviceService(

@@ -25,6 +25,7 @@ from typing import Any
 import msgspec
 
 from covey_device.policy import signers_of
+from covey_device.unfinished import Unfinished
 from covey_shared.errors import LocalProtocolError, StorageError
 from covey_shared.messages import CheckIn, Decline, Head, MaskedUpdate, Message, RoundCall
 from covey_shared.wire import Signed
@@ -93,6 +94,15 @@ class AuditLog:
                     f"cannot write {self._path}: {error.strerror}; free some space, or check its owner"
                 ) from error
             self._unwritten = 0
+
+    def tells_of(self, digest: bytes) -> bool:
+        """Whether the newest two segments have an entry about the message of this SHA-256."""
+        fact = b'"sha256":"' + digest.hex().encode() + b'"'
+        for path in [self._path, *put_away(self.directory)[-1:]]:
+            with contextlib.suppress(OSError):
+                if fact in path.read_bytes():
+                    return True
+        return False
 
     def last(self, kind: str) -> dict[str, Any]:
         """The last entry of a kind, if it is in the newest two segments; else empty."""
@@ -325,11 +335,12 @@ class _Round:
 class Audit:
     """Tells the log what the device's service does. Every function blocks for as long as the disk does.
 
-    What raises StorageError must not be done.
+    What raises StorageError must not be done. steady: seconds of a clock that nobody sets.
     """
 
-    def __init__(self, log: AuditLog) -> None:
+    def __init__(self, log: AuditLog, *, steady: Callable[[], float] = time.monotonic) -> None:
         self.log = log
+        self._steady = steady
         self._round: _Round | None = None
         self._refusing: RoundCall | None = None
         self._window = 0.0
@@ -356,6 +367,15 @@ class Audit:
     def called(self, call: RoundCall) -> None:
         """A round is prepared. Nothing is written yet."""
         self._round = _Round(call)
+
+    def resumed(self, unfinished: Unfinished) -> None:
+        """An earlier process of this device joined this round, and was about to send its update."""
+        self._round = current = _Round(unfinished.call.message)
+        current.joined = True
+        current.cohort = {"cohort": unfinished.n, "at_least": unfinished.n_min}
+        digest = hashlib.sha256(unfinished.update.envelope).digest()
+        if self.log.tells_of(digest):
+            current.sent.add(digest)
 
     def prepared(self, round_id: int, plan_name: str) -> None:
         """Its plan is here."""
@@ -452,7 +472,7 @@ class Audit:
         return (current.call.run, current.call.round) == (decline.run, decline.round)
 
     def _refused(self, decline: Decline, envelope: bytes) -> None:
-        now = time.monotonic()
+        now = self._steady()
         if now - self._window >= 3600 or not self._refusals:
             self._window, self._refusals = now, 0
         if self._refusals >= REFUSALS_PER_HOUR:

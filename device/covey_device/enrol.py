@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from covey_device import audit, tls
-from covey_device.keystore import load_identity, write_durably
+from covey_device.files import write_durably
+from covey_device.keystore import load_identity
 from covey_shared import keys, wire
 from covey_shared.enrolment import (
     Enrolled,

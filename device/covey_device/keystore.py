@@ -14,11 +14,15 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta
 
-from covey_device.memory import MAX_VOTES, Memory, Vote
+from covey_device import unfinished
+from covey_device.files import write_durably
+from covey_device.memory import MAX_CONTRIBUTIONS, MAX_VOTES, Memory, Vote
 from covey_device.policy import MAX_ROUNDS_PER_DAY, Day
+from covey_device.unfinished import Unfinished
 from covey_shared import config, keys, wire
 from covey_shared.errors import ConfigError, CoveyError, RemoteProtocolError, StorageError
-from covey_shared.messages import Certificate
+from covey_shared.messages import Certificate, DeviceId
+from covey_shared.secagg.cohort import Trust
 
 T = TypeVar("T")
 
@@ -42,11 +46,6 @@ class _VoteFile(msgspec.Struct, forbid_unknown_fields=True, array_like=True):
     h: _Hex
     kind: str
     body: _Hex
-
-
-# Contributions are remembered per model hash; a device that has seen this many models forgets the
-# oldest, whose rounds `last_round` keeps it out of anyway.
-MAX_CONTRIBUTIONS = 1000
 
 
 def load_identity(path: Path) -> keys.SigningKey:
@@ -158,6 +157,18 @@ class MemoryFile:
         day = _DayFile(memory.day.own_s, memory.day.seen_unix, memory.day.joined)
         self._write(self._path, msgspec.json.encode(_MemoryFile(memory.last_round, recent, day)))
 
+    def keep(self, upload: Unfinished) -> None:
+        """Have an upload outlive this process; durable when this returns. Raises StorageError."""
+        unfinished.keep(self._directory, upload)
+
+    def forget(self) -> None:
+        """Drop the upload that is kept, if there is one."""
+        unfinished.forget(self._directory)
+
+    def unfinished(self, trust: Trust, identity: bytes, device: DeviceId) -> Unfinished | None:
+        """The upload that an earlier process kept. identity: this device's public key."""
+        return unfinished.load(self._directory, trust, identity, device)
+
     def _write(self, path: Path, data: bytes) -> None:
         if self._kept.get(path) == data:
             return
@@ -179,34 +190,4 @@ def _read(path: Path, kind: type[T]) -> T | None:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise StorageError(
             f"{path} is damaged ({error}); restore it, or enrol this device anew under another name"
-        ) from error
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """A whole new file in place of `path`, mode 0600, on the disk when this returns.
-
-    Raises StorageError, and keeps the old file.
-    """
-    fresh = path.with_suffix(".new")
-    try:
-        fresh.unlink(missing_ok=True)
-        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(fd, rest) :]
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        fresh.replace(path)
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            fresh.unlink(missing_ok=True)
-        raise StorageError(
-            f"cannot write {path}: {error.strerror}; free some space, or check its owner"
         ) from error

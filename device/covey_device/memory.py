@@ -17,6 +17,10 @@ class Vote:
 MAX_VOTES = 16
 """Votes that are remembered: those of the last eight rounds."""
 
+MAX_CONTRIBUTIONS = 1000
+"""Contributions are remembered per model; a device that has seen this many models forgets the one it
+contributed to longest ago, whose rounds `last_round` keeps it out of anyway."""
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -32,3 +36,9 @@ class Memory:
     contributed: dict[str, int] = field(default_factory=dict)
     day: Day = field(default_factory=Day)
     votes: tuple[Vote, ...] = ()
+
+    def with_contribution(self, model: bytes, revision: int) -> dict[str, int]:
+        """What was contributed, an update for this revision of a model included as the latest."""
+        others = {name: n for name, n in self.contributed.items() if name != model.hex()}
+        latest = list(others.items())[-(MAX_CONTRIBUTIONS - 1) :]
+        return dict(latest) | {model.hex(): revision}

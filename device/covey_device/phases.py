@@ -16,11 +16,13 @@ class Phase(enum.Enum):
     SERVING = "serving"  # uploaded, withdrawn or left out; waits for the view
     VOTED = "voted"  # signed the one view
     REVEALED = "revealed"  # gave up the shares that the view allows
+    FINISHING = "finishing"  # restarted after its upload began: sends the same again, nothing else
 
 
 class Event(enum.Enum):
     """What can happen to a device in a round."""
 
+    RESTART = "restart with an unfinished upload"
     CALL = "round call"
     READY = "plan and model ready"
     MANIFEST = "manifest"
@@ -37,7 +39,7 @@ class Event(enum.Enum):
 _P, _E = Phase, Event
 
 TRANSITIONS: dict[Phase, dict[Event, Phase]] = {
-    _P.IDLE: {_E.CALL: _P.FETCHING},
+    _P.IDLE: {_E.CALL: _P.FETCHING, _E.RESTART: _P.FINISHING},
     _P.FETCHING: {_E.CALL: _P.FETCHING, _E.READY: _P.CHECKED_IN, _E.END: _P.IDLE},
     _P.CHECKED_IN: {_E.CALL: _P.FETCHING, _E.MANIFEST: _P.TRAINING, _E.END: _P.IDLE},
     _P.TRAINING: {
@@ -79,4 +81,5 @@ TRANSITIONS: dict[Phase, dict[Event, Phase]] = {
     },
     _P.VOTED: {_E.CALL: _P.FETCHING, _E.VIEW: _P.REVEALED, _E.END: _P.IDLE},
     _P.REVEALED: {_E.CALL: _P.FETCHING, _E.END: _P.IDLE},
+    _P.FINISHING: {_E.CALL: _P.FETCHING, _E.END: _P.IDLE},
 }

@@ -29,7 +29,8 @@ import msgspec
 from covey_device import audit, enrol, tls
 from covey_device import config as configuration
 from covey_device.config import DeviceConfig
-from covey_device.keystore import load_identity, write_durably
+from covey_device.files import write_durably
+from covey_device.keystore import load_identity
 from covey_shared import keys, wire
 from covey_shared.enrolment import RenewRequest
 from covey_shared.errors import ConfigError, CoveyError, RefusedError

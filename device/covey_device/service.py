@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
 from typing import TypeVar
 
@@ -17,6 +17,8 @@ from covey_device.actions import (
     Action,
     Ended,
     Fetch,
+    Forget,
+    Keep,
     Pace,
     Prepared,
     Publish,
@@ -34,7 +36,9 @@ from covey_device.preparation import Preparation, TrainerFactory, tamed
 from covey_device.renewal import Renewal
 from covey_device.session import Session
 from covey_device.trainer import Work
-from covey_shared import chunks, wire
+from covey_device.unfinished import Unfinished
+from covey_device.uploads import Uploads
+from covey_shared import wire
 from covey_shared.errors import (
     ConfigError,
     CoveyError,
@@ -46,7 +50,6 @@ from covey_shared.errors import (
 )
 from covey_shared.keys import Rng, SigningKey, uniform
 from covey_shared.messages import Decline, DeviceId, Head, Message, RoundCall, WantBlob
-from covey_shared.mqtt import publish_all
 from covey_shared.runtime import OUT_OF_MEMORY
 from covey_shared.topics import OFFLINE, ONLINE, Topics
 from covey_shared.transport import Incoming, Transport
@@ -60,6 +63,10 @@ MAX_INBOX_BYTES = 8 << 20
 """Of messages waiting for the session. A flood beyond that is dropped; what mattered is repeated."""
 
 _MESSAGE_OVERHEAD_BYTES = 200
+
+MAX_OUTBOX = 256
+"""Messages and uploads that wait to be sent; of a round there are a dozen. A broker that takes nothing and
+plays old messages back, each of which is answered again, gets no further."""
 
 GOODBYE_S = 2.0
 
@@ -109,11 +116,13 @@ class DeviceService:
         self._flooded = False
         self._late = False  # the last call was retained: it may have come long ago
         self._connected = False
+        self._here = asyncio.Event()  # a connection that the others were not told of
         self._outbox: asyncio.Queue[Publish | Upload] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._round_tasks: set[asyncio.Task[None]] = set()
         self._stop_training = threading.Event()
         self._training = asyncio.Lock()
+        self._uploads = Uploads(self._send_frame)
         self._blobs = BlobFetcher(transport, self._topics, self._ask)
         self.preparation = Preparation(
             self._blobs, make_trainer, limits=limits, rng=rng, pool=train_pool, policy=policy
@@ -138,10 +147,17 @@ class DeviceService:
         topics = self._topics
         if (policy := self._policy) is not None:
             await self._told(lambda audit: audit.policy(policy.current.facts()))
+        if (unfinished := self._session.unfinished) is not None:
+            log.info(
+                "%s: round %d: its upload may not have arrived; it is sent again when asked for",
+                self.device, unfinished.call.message.round,
+            )  # fmt: skip
+            await self._told(lambda audit: audit.resumed(unfinished))
         await self.transport.start(self._on_message, self._on_connected, self._on_disconnected)
         await self.transport.subscribe(topics.round, topics.all, topics.inbox(self.device))
         self._spawn(self._tasks, self._work())
         self._spawn(self._tasks, self._send())
+        self._spawn(self._tasks, self._say_online())
         if self.renewal is not None:
             self._spawn(self._tasks, self.renewal.run())
 
@@ -202,10 +218,14 @@ class DeviceService:
     async def _on_connected(self) -> None:
         self._connected = True
         log.info("%s: connected", self.device)
-        self._spawn(
-            self._tasks,
-            self.transport.publish(self._topics.presence(self.device), ONLINE, retain=True),
-        )
+        self._here.set()
+
+    async def _say_online(self) -> None:
+        """After each connection, but never more than once at a time, however often it breaks."""
+        while True:
+            await self._here.wait()
+            self._here.clear()
+            await self.transport.publish(self._topics.presence(self.device), ONLINE, retain=True)
 
     def _on_disconnected(self, reason: str) -> None:
         self._connected = False
@@ -309,8 +329,6 @@ class DeviceService:
                 await self._told(lambda audit: audit.leaving(message))
             case Publish(message):
                 await self._in_thread(self._pool, lambda: audit.leaving(message))
-            case Upload(payload, ranges) if ranges is not None:
-                audit.sent_again(sum(map(len, _parts(payload, ranges))))
             case Fetch(call):
                 audit.called(call)
             case Train(_, head):
@@ -341,15 +359,24 @@ class DeviceService:
         """Carry one action out. A simulation overrides this to make things go wrong."""
         match action:
             case Publish() | Upload():
-                self._outbox.put_nowait(action)
+                if self._outbox.qsize() < MAX_OUTBOX:
+                    self._outbox.put_nowait(action)
+                else:
+                    log.debug("%s: too much waits to be sent; dropped an answer", self.device)
             case Save(memory):
                 if self._memory is not None:
                     await self._in_thread(self._pool, lambda: self._memory_file().save(memory))
+            case Keep(unfinished):
+                await self._keep(unfinished)
+            case Forget():
+                if (memory_file := self._memory) is not None:
+                    await self._in_thread(self._pool, memory_file.forget)
             case Fetch(call):
                 # What an earlier round still fetched or uploaded is of no use any more.
                 self._stop_training.set()
                 for task in self._round_tasks:
                     task.cancel()
+                self._uploads.clear()
                 self._spawn(self._round_tasks, self._fetch(call, self._spread_s(call)))
             case Pace(seconds):
                 self.transport.reconnect_within(seconds)
@@ -370,6 +397,17 @@ class DeviceService:
                 log.info("%s: round %d: %s", self.device, action.round_id, action.outcome)
                 self.on_ended(action)
 
+    async def _keep(self, unfinished: Unfinished) -> None:
+        memory = self._memory
+        if memory is not None:
+            try:
+                await self._in_thread(self._pool, lambda: memory.keep(unfinished))
+            except StorageError as error:
+                log.warning(
+                    "%s: %s; the update is sent all the same, and would not survive a restart",
+                    self.device, error,
+                )  # fmt: skip
+
     def _memory_file(self) -> MemoryFile:
         if self._memory is None:
             raise LocalProtocolError("this device has no state directory")
@@ -382,18 +420,18 @@ class DeviceService:
                 if isinstance(action, Publish):
                     await self.send(action.message)
                 else:
+                    size = self._uploads.want(action.payload, action.ranges)
+                    if self._audit is not None and action.ranges is not None:
+                        self._audit.sent_again(size)
                     # Beside the sender: a long upload must not hold up votes and reveals.
-                    frames = self._frames(action)
-                    self._spawn(self._round_tasks, publish_all(self.transport, frames))
+                    self._spawn(self._round_tasks, self._uploads.send())
             except TransportError:
                 raise
             except Exception:
                 log.exception("%s: cannot send; the service goes on", self.device)
 
-    def _frames(self, upload: Upload) -> Iterator[tuple[str, bytes]]:
-        topic = self._topics.upload(self.device)
-        for frame in _parts(upload.payload, upload.ranges):
-            yield topic, frame
+    async def _send_frame(self, frame: bytes) -> None:
+        await self.transport.publish(self._topics.upload(self.device), frame)
 
     async def send(self, message: Signed[Message]) -> None:
         """Publish one signed message; returns when the broker has it."""
@@ -463,11 +501,3 @@ class DeviceService:
             log.exception("%s: round %d: cannot train", self.device, round_id)
             reason = CoveyError.public
         await self._do(lambda: self._session.training_failed(round_id, reason))
-
-
-def _parts(payload: bytes, ranges: tuple[tuple[int, int], ...] | None) -> Iterator[bytes]:
-    """An upload's chunks: all, or those of the (first, count) ranges."""
-    blob = chunks.blob_of(payload)
-    for first, count in ((0, blob.n_chunks),) if ranges is None else ranges:
-        for index in range(first, min(first + count, blob.n_chunks)):
-            yield chunks.frame(blob, index)

@@ -9,7 +9,9 @@ them out in order. The table in `phases` is all there is to the order of things:
 * the very same bytes again get the very same answer again; other bytes in their place are
   equivocation.
 
-After an upload the device may vanish for good. If it stays, it serves on the committee.
+After an upload the device may vanish for good. If it stays, it serves on the committee. If it comes back
+in a new process, without the round's keys, it sends that upload again to whoever is entitled to it, and has
+no other part in the round.
 """
 
 import hashlib
@@ -21,6 +23,8 @@ from covey_device.actions import (
     Action,
     Ended,
     Fetch,
+    Forget,
+    Keep,
     Pace,
     Prepared,
     Publish,
@@ -33,6 +37,7 @@ from covey_device.actions import (
 from covey_device.memory import MAX_VOTES, Memory, Vote
 from covey_device.phases import TRANSITIONS, Event, Phase
 from covey_device.policy import Policy
+from covey_device.unfinished import Unfinished
 from covey_shared import wire
 from covey_shared.enrolment import RenewalWanted
 from covey_shared.errors import LocalProtocolError, RefusedError, RemoteProtocolError
@@ -65,8 +70,9 @@ from covey_shared.secagg.rules import Expectation
 from covey_shared.wire import Signed
 
 __all__ = [
-    "MAX_VOTES", "TRANSITIONS", "Action", "Ended", "Event", "Fetch", "Memory", "OutOfOrderError", "Phase",
-    "Policy", "Prepared", "Publish", "Renew", "Save", "Session", "StopTraining", "Train", "Upload", "Vote",
+    "MAX_VOTES", "TRANSITIONS", "Action", "Ended", "Event", "Fetch", "Forget", "Keep", "Memory",
+    "OutOfOrderError", "Phase", "Policy", "Prepared", "Publish", "Renew", "Save", "Session", "StopTraining",
+    "Train", "Unfinished", "Upload", "Vote",
 ]  # fmt: skip
 
 
@@ -95,7 +101,7 @@ class Session:
 
     certificate: the envelope the fleet CA signed for `identity`; empty while it has yet to, which keeps
     this device out of rounds. It and policy may be replaced at any time; a round that was begun goes on
-    with those it was begun with. memory: what the key store kept.
+    with those it was begun with. memory: what the key store kept. unfinished: the upload it kept, if any.
     clock: seconds since 1970, for the bound on rounds a day alone. witness: told each encoded update
     before it is masked; for simulations, never set in the field.
     """
@@ -112,6 +118,7 @@ class Session:
         witness: Callable[[int, Ring], None] | None = None,
         *,
         clock: Callable[[], float] = lambda: 0.0,
+        unfinished: Unfinished | None = None,
     ) -> None:
         self._trust = trust
         self._identity = identity
@@ -129,10 +136,17 @@ class Session:
         self._reconnect_s = 0.0
         self.phase = Phase.IDLE
         self._round: _Round | None = None
+        self._kept = unfinished is not None  # an upload lies on the disk
+        self.unfinished: Unfinished | None = None
+        """The upload that an earlier process began, as long as its round lasts."""
+        if unfinished is not None and unfinished.stands(memory):
+            self.unfinished, self.phase = unfinished, self._next(Event.RESTART)
 
     @property
     def round_id(self) -> int | None:
         """The round this device is in, if any."""
+        if self.unfinished is not None:
+            return self.unfinished.call.message.round
         return self._round.call.message.round if self._round else None
 
     # -- what comes from the network --------------------------------------------------------------
@@ -150,6 +164,8 @@ class Session:
             return self._call(Signed(message, signed.envelope))
         if isinstance(message, RenewalWanted):
             return self._renewal_wanted(message)
+        if self.unfinished is not None:
+            return self._finish(self.unfinished, message)
         current = self._current(message)
         if isinstance(message, WantUpload):
             return self._want_upload(current, message)
@@ -170,6 +186,25 @@ class Session:
         if (message.fleet, message.device) != (self._trust.fleet, self.device):
             raise RefusedError(f"a renewal for {message.device} of fleet {message.fleet}")
         return [Renew(message.issued_unix)]
+
+    def _finish(self, unfinished: Unfinished, message: Message) -> list[Action]:
+        """What an earlier process of this device had begun to send is sent again, byte for byte, when the
+        coordinator asks for it; there is nothing else that this device could say in that round."""
+        call, update = unfinished.call.message, unfinished.update.message
+        match message:
+            case Roster() if (message.h, message.u2) == (update.h, update.u2):
+                return [Publish(unfinished.update)]
+            case WantUpload() if (message.h, message.payload) == (update.h, update.payload):
+                return [Upload(unfinished.payload, message.ranges)]
+            case Result() if message.h == update.h:
+                u3, at = message.u3, unfinished.index
+                in_sum = len(u3) > at >> 3 and bool(u3[at >> 3] >> (at & 7) & 1)
+                return self._end("completed", contributed=in_sum)
+            case RoundAbandoned() if (message.run, message.round) == (call.run, call.round):
+                return self._end(_abandoned(message), contributed=False)
+        raise RefusedError(
+            f"a {message.LABEL} of a round this device is not in: it only has an upload to finish"
+        )
 
     def _current(self, message: Message) -> _Round:
         """The round that a message belongs to. Raises RefusedError if we are not in it."""
@@ -204,7 +239,7 @@ class Session:
             case Result():
                 return self._result(current, message)
             case RoundAbandoned():
-                return self._end(f"abandoned: {for_display(message.reason)}", contributed=False)
+                return self._end(_abandoned(message), contributed=False)
             case _:
                 raise RefusedError(f"a {message.LABEL} is not for devices")
 
@@ -228,8 +263,11 @@ class Session:
         if call.reconnect_s != self._reconnect_s:
             self._reconnect_s = call.reconnect_s
             actions.append(Pace(call.reconnect_s))
-        if self._round is not None:
+        if self._round is not None or self.unfinished is not None:
             actions += self._end("another round was called", contributed=False)
+        elif self._kept:
+            self._kept = False
+            actions.append(Forget())
         if call.chance < 1.0 and uniform(self._rng) >= call.chance:
             self._sat_out = call.round
             return actions
@@ -411,9 +449,17 @@ class Session:
         signed, payload = participant.mask(ring)
         current.payload, current.upload_digest = payload, signed.message.payload
         call = current.call.message
-        contributed = {**self._memory.contributed, call.model.hex(): call.revision}
+        contributed = self._memory.with_contribution(call.model, call.revision)
+        cohort = participant.cohort
+        if cohort is None:
+            raise LocalProtocolError("masked without a cohort")
+        self._kept = True
+        unfinished = Unfinished(
+            current.call, signed, payload, participant.index, cohort.n, cohort.head.n_min
+        )
+        # In this order: what is kept counts only once the contribution is remembered.
         save = self._save(contributed=contributed)
-        actions: list[Action] = [save, Publish(signed), Upload(payload)]
+        actions: list[Action] = [Keep(unfinished), save, Publish(signed), Upload(payload)]
         # The roster coming again means that the coordinator may have missed the digest.
         envelope, _ = current.answered.get(Roster, (b"", ()))
         if envelope:
@@ -422,8 +468,8 @@ class Session:
 
     def leave(self, round_id: int, reason: str) -> list[Action]:
         """Refuse to go on with this round, and say why."""
-        if self.round_id != round_id:
-            return []
+        if self.round_id != round_id or self._round is None:
+            return []  # an upload that cannot go on now may yet be asked for again
         decline = self._decline(self._in_round().call.message, reason)
         return [decline, *self._end(f"declined: {reason}", contributed=False)]
 
@@ -452,20 +498,26 @@ class Session:
         return Publish(wire.sign(decline, self._identity))
 
     def _end(self, outcome: str, *, contributed: bool) -> list[Action]:
-        current = self._in_round()
         training = self.phase in (Phase.TRAINING, Phase.ROSTERED)
-        call = current.call.message
-        round_id = call.round
-        if current.participant is not None:
-            current.participant.forget()
-        if current.member is not None:
-            current.member.forget()
+        if self.unfinished is not None:
+            call = self.unfinished.call.message
+            self._cut_off = 0  # nobody waits for this device any more
+        else:
+            current = self._in_round()
+            call = current.call.message
+            if current.participant is not None:
+                current.participant.forget()
+            if current.member is not None:
+                current.member.forget()
         self.phase = self._next(Event.END)
-        self._round = None
-        if round_id > self._memory.last_round:
-            self._memory = replace(self._memory, last_round=round_id)
-        actions: list[Action] = [StopTraining(round_id)] if training else []
-        return [*actions, Ended(round_id, outcome, contributed, call)]
+        self._round = self.unfinished = None
+        if call.round > self._memory.last_round:
+            self._memory = replace(self._memory, last_round=call.round)
+        actions: list[Action] = [StopTraining(call.round)] if training else []
+        if self._kept:
+            self._kept = False
+            actions.append(Forget())
+        return [*actions, Ended(call.round, outcome, contributed, call)]
 
     def _in_round(self) -> _Round:
         if self._round is None:
@@ -476,3 +528,7 @@ class Session:
         if current.participant is None or current.member is None:
             raise RefusedError("a message of a cohort before its manifest")
         return current.participant, current.member
+
+
+def _abandoned(message: RoundAbandoned) -> str:
+    return f"abandoned: {for_display(message.reason)}"

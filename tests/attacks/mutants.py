@@ -54,6 +54,8 @@ TESTS = [
     "tests/shared/test_secagg_roles.py",
     "tests/shared/test_secagg_aggregator.py",
     "tests/device/test_session.py",
+    "tests/device/test_unfinished.py",
+    "tests/attacks/test_attack_restarts.py",
     "tests/device/test_pace.py",
     "tests/coordinator/test_round.py",
     "tests/attacks/test_attack_policy.py",

@@ -538,10 +538,9 @@ def declined(round_id: int) -> wire.Signed[Any]:
     return wire.sign(Decline("lab", RUN, round_id, name, "no"), lab.identities[name])
 
 
-def test_refusals_cannot_push_the_log_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    audit, decline = Audit(AuditLog(tmp_path)), declined(5)
+def test_refusals_cannot_push_the_log_out(tmp_path: Path):
     now = [1000.0]
-    monkeypatch.setattr(covey_device.audit.time, "monotonic", lambda: now[0])
+    audit, decline = Audit(AuditLog(tmp_path), steady=lambda: now[0]), declined(5)
     for _ in range(REFUSALS_PER_HOUR + 70):
         audit.leaving(decline)
     assert len(entries(tmp_path)) == REFUSALS_PER_HOUR

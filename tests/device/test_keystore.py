@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import covey_device.keystore
-from covey_device.keystore import MAX_CONTRIBUTIONS, MemoryFile, load_certificate, load_identity
+from covey_device.keystore import MemoryFile, load_certificate, load_identity
+from covey_device.memory import MAX_CONTRIBUTIONS
 from covey_device.session import Memory
 from covey_shared import wire
 from covey_shared.errors import ConfigError, StorageError

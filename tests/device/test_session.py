@@ -111,6 +111,7 @@ def test_a_device_speaks_in_this_order(lab):
         device.Train,
         device.Save,
         RosterVote,
+        device.Keep,
         device.Save,
         MaskedUpdate,
         device.Upload,
@@ -146,6 +147,7 @@ def test_a_restarted_device_never_rejoins_its_round(until):
     lab = Lab(3)
     mallory = played(lab, until=until)
     name = lab.names[0]
+    lab.kept[name] = None  # nor is there an upload to finish; see test_unfinished
     session = lab.restart(name)
     [decline] = published(mallory.tell(name, mallory.call), Decline)
     assert "restarted" in decline.message.reason
@@ -550,7 +552,9 @@ def test_an_abandoned_round_ends_at_any_time(until):
     mallory = played(lab, until=until)
     name = lab.names[0]
     actions = mallory.tell(name, RoundAbandoned("lab", RUN, 1, "too\x1b few"))
-    assert actions == [device.Ended(1, "abandoned: too\ufffd few", contributed=False)]
+    uploaded = until in ("collect", "propose", "reveal")
+    ended = device.Ended(1, "abandoned: too\ufffd few", contributed=False)
+    assert actions == [*([device.Forget()] if uploaded else []), ended]
     assert lab.sessions[name].phase is Phase.IDLE
     assert mallory.tell(name, mallory.call) == []
 
@@ -577,7 +581,8 @@ def test_a_result_says_whether_the_update_counted(lab):
             h=mallory.cohort.h, fleet="lab", run=RUN, round=1,
             u3=mallory.cohort.bitmap({1, 2, 3}), votes=(), ring_sum=bytes(32), next_model=bytes(32),
         )  # fmt: skip
-        (ended,) = mallory.tell(name, result)
+        forget, ended = mallory.tell(name, result)
+        assert forget == device.Forget()
         assert ended.outcome == "completed"
         assert ended.contributed is (name != lab.names[0])
         assert lab.sessions[name].phase is Phase.IDLE

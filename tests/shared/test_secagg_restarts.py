@@ -141,9 +141,14 @@ def test_a_crash_at_any_step_lets_nothing_leave_twice(at):
     assert len(doomed.payloads) <= 1
     for kind in ONCE:
         assert len(doomed.said.get(kind, ())) <= 1, kind.LABEL
-    # The others' round is what it would be if the device had vanished.
+    # The others' round is what it would be if the device had vanished; or it finished its upload.
     assert doomed.play.completed is not None
     assert doomed.play.mismatches() == 0
+    remembered = bool(doomed.lab.saved[doomed.name]) and bool(
+        doomed.lab.saved[doomed.name][-1].contributed
+    )
+    assert (MaskedUpdate in doomed.said) == remembered
+    assert (doomed.name in doomed.play.completed.survivors) == remembered
     # And in the next round, of the same model, it gives an update only if none left in this one.
     lab, gave = doomed.lab, MaskedUpdate in doomed.said
     again = Doomed(10**9, lab=lab, round_id=2).run()
