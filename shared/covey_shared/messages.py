@@ -48,7 +48,7 @@ MAX_REASON_CHARS = 300
 MAX_RANGES = 64
 MAX_PLAN_SIGNATURES = 4
 
-MAX_PACE_S = 3600.0
+MAX_PACE_S = 3600
 """Longest time over which a coordinator may have devices spread what they do."""
 
 DeviceId = NewType("DeviceId", str)
