@@ -70,7 +70,8 @@ class Pacer:
         # The last to begin needs time for its fetch too: two thirds of the gathering are left for that.
         spread_s = min(gather_s / 3, crowd * max(1 / capacity.devices_per_s, fetch_s))
         reconnect_s = max(0, present - SMALL) / capacity.devices_per_s
-        return Pace(chance, min(MAX_PACE_S, spread_s), min(MAX_PACE_S, reconnect_s))
+        most = float(MAX_PACE_S)  # the wire tells whole numbers from others
+        return Pace(chance, min(most, spread_s), min(most, reconnect_s))
 
     def learn(self, cohort: int, limit: int) -> None:
         """What came of the last call: a cohort of so many, 0 for none, where `limit` were wanted."""

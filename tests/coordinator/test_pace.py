@@ -5,7 +5,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from covey_coordinator.pace import LEAST_CALLED, SMALL, Capacity, Pace, Pacer
@@ -66,6 +66,7 @@ def test_a_stronger_machine_takes_less():
 
 
 @given(FLEETS, LIMITS, SIZES, GATHERS)
+@example(10**6, 2, 1, 1.0)
 def test_whatever_the_fleet_the_call_can_be_made(
     present: int, limit: int, fetch_bytes: int, gather_s: float
 ):
