@@ -20,7 +20,7 @@ from _report import Row, report
 
 from covey_coordinator.config import TranscriptsConfig
 from covey_coordinator.round import Completed
-from covey_coordinator.store import RunDirectory
+from covey_coordinator.store import RunDirectory, Store
 from covey_coordinator.transcript import Scribe, thin
 from covey_shared.messages import MaskedUpdate
 from covey_shared.secagg import rules
@@ -51,7 +51,7 @@ def story_of(devices: int, params: int) -> Story:
 def written(story: Story, directory: Path) -> tuple[Path, float]:
     """Write it as the coordinator does: (the round's directory, seconds)."""
     lab = story.lab
-    run = RunDirectory.create(directory / "run", b"", bytes(16))
+    run = RunDirectory.create(directory / "run", b"", bytes(16), Store.in_memory())
     scribe = Scribe(run, TranscriptsConfig(), lab.trust, lab.coordinator_key)
     run.spool.mkdir()
     cohort = rules.verified_cohort(story.manifest(), lab.trust)

@@ -21,7 +21,7 @@ from covey_coordinator.config import (
 )
 from covey_coordinator.plans.bundle import PlanBundle, load_bundle
 from covey_coordinator.run import RoundOutcome, Run
-from covey_coordinator.store import RunDirectory, RunState
+from covey_coordinator.store import FILE, RunDirectory, RunState, Store
 from covey_fleet.demo import PLANS
 from covey_fleet.digits import Examples
 from covey_fleet.faults import FaultPlan, Moment
@@ -124,9 +124,11 @@ async def small_fleet(
         encoding=EncodingConfig(max_weight=48),
         deadlines=deadlines,
     )
-    run = Run(RunDirectory.create(directory / "run", b"", os.urandom(16)), config, plan())
-    async with Fleet(directory, chosen, observe) as fleet:
-        yield Played(fleet, run, outcomes)
+    with Store.open(directory / FILE) as store:
+        run_directory = RunDirectory.create(directory / "run", b"", os.urandom(16), store)
+        run = Run(run_directory, config, plan())
+        async with Fleet(directory, chosen, store, observe) as fleet:
+            yield Played(fleet, run, outcomes)
 
 
 def mutated(data: bytes, chance: random.Random) -> bytes:

@@ -297,6 +297,7 @@ class Watched:
             lines = directory.read_metrics()
             assert [line["survivors"] for line in lines] == [4, 3], (lines, self.said)
         finally:
+            directory.store.close()
             for device in devices:
                 await device.close()
 

@@ -261,7 +261,7 @@ def status(fleet_dir: Path) -> None:
     from covey_coordinator.config import load_fleet
     from covey_coordinator.fleet import FleetDirectory
     from covey_coordinator.status import read_status
-    from covey_coordinator.store import RunDirectory
+    from covey_coordinator.store import FILE, Store
 
     config, now = load_fleet(fleet_dir), read_status(fleet_dir)
     click.echo(f"fleet {config.fleet} in {fleet_dir.absolute()}")
@@ -279,19 +279,15 @@ def status(fleet_dir: Path) -> None:
             "the fleet CA's key is on this machine, beside the coordinator's: whoever takes it over "
             "can invent devices, and sum one real device among them"
         )
-    paths = sorted((fleet_dir / "runs").glob("*/state.json"))
-    if not paths:
+    with Store.open(fleet_dir / FILE) as store:
+        runs = store.runs()
+    if not runs:
         click.echo("no runs yet: covey run PLAN")
         return
     table = Table(box=None)
     for column in ("run", "status", "rounds", "completed", "abandoned", "note"):
         table.add_column(column)
-    for path in paths:
-        try:
-            state = RunDirectory(path.parent).state()
-        except CoveyError as error:
-            table.add_row(path.parent.name, "damaged", "", "", "", str(error))
-            continue
+    for name, state in runs:
         shown = "interrupted" if now is None and state.status == "running" else state.status
         note = state.message
         if state.transcripts_lost:
@@ -300,7 +296,7 @@ def status(fleet_dir: Path) -> None:
             )
             note = f"{note}; {lost}" if note else lost
         table.add_row(
-            path.parent.name, shown, str(state.rounds_done), str(state.rounds_completed),
+            name, shown, str(state.rounds_done), str(state.rounds_completed),
             str(state.rounds_abandoned), note,
         )  # fmt: skip
     Console().print(table)

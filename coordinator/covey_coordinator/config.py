@@ -124,6 +124,14 @@ class DeadlinesConfig(Config, frozen=True):
     resend_s: Interval = 5.0
 
 
+class PaceConfig(Config, frozen=True):
+    """[pace]: what the coordinator's machine and network bear, of a fleet of more than a few dozen
+    devices; see `pace.Capacity`."""
+
+    devices_per_s: Annotated[float, Meta(gt=0, le=1_000_000)] = 50.0
+    mb_per_s: Annotated[float, Meta(gt=0, le=1_000_000)] = 10.0
+
+
 class TranscriptsConfig(Config, frozen=True):
     """[transcripts]: what is kept of each round for a third party to check. full: with the masked
     updates of the last full_rounds rounds, or of fewer, so that they take at most max_mb."""
@@ -131,6 +139,13 @@ class TranscriptsConfig(Config, frozen=True):
     keep: Literal["full", "signatures", "off"] = "full"
     full_rounds: Annotated[int, Meta(ge=1, le=1_000_000)] = 10
     max_mb: Annotated[int, Meta(ge=1, le=10**9)] = 1000
+
+
+class ModelsConfig(Config, frozen=True):
+    """[models]: of how many completed rounds the model is kept, to go back to. The last one and the best
+    one are kept whatever this says."""
+
+    keep_rounds: Annotated[int, Meta(ge=1, le=1_000_000)] = 20
 
 
 class EvaluationConfig(Config, frozen=True):
@@ -151,7 +166,9 @@ class RunConfig(Config, frozen=True):
     work: WorkConfig = WorkConfig()
     encoding: EncodingConfig = EncodingConfig()
     deadlines: DeadlinesConfig = DeadlinesConfig()
+    pace: PaceConfig = PaceConfig()
     transcripts: TranscriptsConfig = TranscriptsConfig()
+    models: ModelsConfig = ModelsConfig()
     evaluation: EvaluationConfig | None = None
 
 

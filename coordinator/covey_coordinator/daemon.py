@@ -1,8 +1,7 @@
 """`covey up`: the broker, the coordinator, and the runs that are queued in the fleet's directory.
 
-`covey run` and this process talk through the directory alone: a run is queued by making its
-directory and followed by reading it, so either may be restarted at any moment. A run that was
-running goes on from its last completed round.
+`covey run` and this process talk through the database alone, so either may be restarted at any moment. A
+run that was running goes on where it stood.
 """
 
 import asyncio
@@ -36,7 +35,7 @@ from covey_coordinator.plans.signing import read_signatures
 from covey_coordinator.registry import Registry
 from covey_coordinator.run import HeldOut, RoundOutcome, Run
 from covey_coordinator.service import CoordinatorService, Observer
-from covey_coordinator.store import Progress, RoundCounter, RunDirectory
+from covey_coordinator.store import FILE, Progress, RunDirectory, Store
 from covey_shared.errors import ConfigError, CoveyError, DataError
 from covey_shared.messages import DeviceId
 from covey_shared.mqtt import MqttTransport
@@ -123,7 +122,7 @@ class Daemon:
     async def serve(self, stop: asyncio.Event) -> None:
         """Run until `stop`. Raises CoveyError if it cannot even start."""
         fleet, config = self._fleet, self._config
-        with only_one(fleet.path):
+        with only_one(fleet.path), Store.open(fleet.path / FILE) as store:
             registry = known_devices(fleet)
             if config.networked:
                 for line in fleet.refresh_tls(config, int(time.time())):
@@ -140,7 +139,7 @@ class Daemon:
                     fleet.trust,
                     fleet.coordinator_key(),
                     transport,
-                    RoundCounter(fleet.path / "rounds"),
+                    store,
                     registry=registry,
                     observer=self._observer(),
                 )
@@ -159,7 +158,7 @@ class Daemon:
 
     async def _play_all(self, service: CoordinatorService, stop: asyncio.Event) -> None:
         while not stop.is_set():
-            directory = self._next_run()
+            directory = self._next_run(service.store)
             if directory is None:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(POLL_S):
@@ -204,20 +203,17 @@ class Daemon:
             playing.cancel()
             self._current = None
 
-    def _next_run(self) -> RunDirectory | None:
-        """The oldest run that is queued or was interrupted."""
-        waiting = []
-        for path in (self._fleet.path / "runs").glob("*/state.json"):
-            directory = RunDirectory(path.parent)
-            if directory.name in self._given_up:
-                continue
-            try:
-                if directory.state().status in ("queued", "running"):
-                    waiting.append(((path.parent / "run.toml").stat().st_mtime, directory))
-            except (CoveyError, OSError) as error:
-                self._say(f"run {directory.name} cannot be played: {error}")
-                self._given_up.add(directory.name)
-        return min(waiting, key=lambda entry: entry[0])[1] if waiting else None
+    def _next_run(self, store: Store) -> RunDirectory | None:
+        """One that was interrupted, or else the oldest that is queued."""
+        waiting = [
+            (state.status == "queued", name)
+            for name, state in store.runs()
+            if state.status in ("queued", "running") and name not in self._given_up
+        ]
+        if not waiting:
+            return None
+        _, name = min(waiting, key=lambda entry: entry[0])
+        return RunDirectory(self._fleet.path / "runs" / name, store)
 
     def _fail(self, directory: RunDirectory, reason: str) -> None:
         self._say(f"run {directory.name} failed: {reason}")

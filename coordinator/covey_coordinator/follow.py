@@ -32,7 +32,7 @@ def follow(directory: RunDirectory, up: Callable[[], bool], console: Console | N
             task = bar.add_task("queued", total=None, round="-")
             while True:
                 state = directory.state()
-                lines = directory.read_metrics()
+                lines = directory.store.rounds(directory.name)
                 for line in lines[shown:]:
                     bar.console.print(describe(line), soft_wrap=True, highlight=False)
                 shown = len(lines)

@@ -16,7 +16,7 @@ from covey_coordinator.plans.bundle import load_bundle
 from covey_coordinator.plans.signing import owner_of, signature_file
 from covey_coordinator.round import new_run_id
 from covey_coordinator.run import hyper_values, rehearse
-from covey_coordinator.store import RunDirectory
+from covey_coordinator.store import FILE, RunDirectory, Store
 from covey_shared import config as config_reader
 from covey_shared.errors import ConfigError, DataError
 
@@ -37,7 +37,8 @@ def queue_run(
 ) -> RunDirectory:
     """Check everything that can be checked now, then queue. plan: a plan's directory or a run.toml.
 
-    Raises ConfigError, DataError, MalformedError or StorageError that names the file and the key.
+    The run's database stays open. Raises ConfigError, DataError, MalformedError or StorageError that names
+    the file and the key.
     """
     load_fleet(fleet_dir)
     if name is not None:
@@ -67,8 +68,10 @@ def queue_run(
     text = tomli_w.dumps(_table(config)).encode()
     runs = fleet_dir / "runs"
     signatures = {signature_file(owner_of(s)): s for s in bundle.signatures}
-    path = runs / (name or _free_name(runs))
-    return RunDirectory.create(path, text, new_run_id(os.urandom), signatures)
+    path, store = runs / (name or _free_name(runs)), Store.open(fleet_dir / FILE)
+    return RunDirectory.create(
+        path, text, new_run_id(os.urandom), store, signatures, created_unix=time.time()
+    )
 
 
 def _given(file: Path) -> dict[str, Any]:

@@ -5,16 +5,19 @@ calls it in threads. Writing is retried until it works: `save` goes on where it 
 """
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from covey_coordinator.averaging import FEDAVG, FedAvg, Strategy
 from covey_coordinator.config import RunConfig
+from covey_coordinator.pace import Capacity, Pacer
 from covey_coordinator.plans.bundle import PlanBundle
 from covey_coordinator.round import Completed, RoundSpec
 from covey_coordinator.store import RunDirectory, RunState
@@ -73,6 +76,7 @@ class Run:
         self._held_out = held_out
         self._strategy = strategy or FedAvg(config.server_lr)
         self._hyper = hyper_values(bundle, config)
+        self._pacer = Pacer(Capacity(config.pace.devices_per_s, config.pace.mb_per_s))
         self._evaluator = (
             Evaluator(bundle.header, bundle.graphs["eval"]) if held_out is not None else None
         )
@@ -80,11 +84,14 @@ class Run:
         kept = directory.parameters(self.state, bundle.header.n_params)
         self.parameters: Flat = bundle.initial if kept is None else kept
         self._spec: RoundSpec | None = None
+        self._to_stage: Callable[[], None] | None = None
         self._to_save: deque[Callable[[], None]] = deque()
+        self._worths: dict[int, tuple[float, float, float]] = {}
 
     def begin(self) -> None:
         """Take up the run where its directory says it stands. Raises StorageError."""
-        self.directory.settle(self.state)
+        self.directory.settle(self.state, whole=True)
+        self._take_stock()
         self.state.status, self.state.message = "running", ""
         self.directory.save_state(self.state)
 
@@ -117,8 +124,8 @@ class Run:
         """What a device may ask for in the next round."""
         return [self.bundle.header_bytes, self.bundle.graphs["train"], self.model]
 
-    def spec(self, fleet: str, round_id: int, revision: int = 0) -> RoundSpec:
-        """The next round, entirely settled. revision: see `store.RoundCounter`."""
+    def spec(self, fleet: str, round_id: int, revision: int = 0, *, present: int = 0) -> RoundSpec:
+        """The next round, entirely settled. revision: see `store.Store`. present: devices online."""
         config, model = self.config, self.model
         call = RoundCall(
             fleet=fleet,
@@ -136,7 +143,7 @@ class Run:
             spread_s=0.0,
             reconnect_s=0.0,
         )
-        self._spec = RoundSpec(
+        spec = RoundSpec(
             call=call,
             n_params=self.bundle.header.n_params,
             work=Work(
@@ -157,12 +164,24 @@ class Run:
             resend_s=config.deadlines.resend_s,
             absent_grace_s=config.deadlines.absent_grace_s,
         )
+        fetched = sum(map(len, self.blobs()))
+        pace = self._pacer.steer(present, spec.cohort_limit, fetched, call.gather_s)
+        call = msgspec.structs.replace(
+            call, chance=pace.chance, spread_s=pace.spread_s, reconnect_s=pace.reconnect_s
+        )
+        self._spec = replace(spec, call=call)
         return self._spec
+
+    def resume(self, spec: RoundSpec) -> None:
+        """The next round is one that another process opened."""
+        self._spec = spec
 
     def absorb(self, outcome: RoundOutcome) -> RoundOutcome:
         """Average, evaluate, and queue what must be saved. Returns the outcome with its metrics; one
         whose sum cannot be used comes back as abandoned, and the model stays as it was."""
         state, index = self.state, outcome.index
+        if self._spec is not None:
+            self._pacer.learn(outcome.cohort, self._spec.cohort_limit)
         if outcome.completed is not None:
             try:
                 following, metrics = self._average(outcome.completed)
@@ -171,7 +190,7 @@ class Run:
             else:
                 outcome = replace(outcome, metrics=metrics | self._evaluate(following))
                 self.parameters = following
-                self._to_save.append(lambda: self._stage(index, following))
+                self._to_stage = lambda: self._stage(index, following)
         state.rounds_done = index
         if outcome.completed is not None:
             state.rounds_completed += 1
@@ -179,8 +198,8 @@ class Run:
         else:
             state.rounds_abandoned += 1
         state.last = self._metrics_line(outcome)
-        self._to_save.append(lambda: self.directory.save_state(state))
-        self._to_save.append(lambda: self.directory.settle(state))
+        self._to_save.append(lambda: self.directory.finish_round(state))
+        self._to_save.append(lambda: self._settle(state))
         return outcome
 
     @property
@@ -195,11 +214,45 @@ class Run:
         self.state.transcripts_lost += 1
         self.state.transcript_problem = problem
 
+    def stage(self) -> None:
+        """Write the files of a new model, which nothing names yet. Raises StorageError, and can be
+        called again."""
+        if self._to_stage is not None:
+            self._to_stage()
+            self._to_stage = None
+
     def save(self) -> None:
         """Write what is queued. Raises StorageError; call it again and it goes on from there."""
+        self.stage()
         while self._to_save:
             self._to_save[0]()
             self._to_save.popleft()
+
+    def _settle(self, state: RunState) -> None:
+        self.directory.settle(state)
+        if state.last is not None and completed(state.last):
+            self._worths[state.model_index] = worth(state.last)
+            self._tidy()
+
+    def _take_stock(self) -> None:
+        """Which models there are, and how good they were."""
+        lines = self.directory.store.rounds(self.directory.name)
+        staged = self.directory.staged().keys()
+        known = {line["index"]: worth(line) for line in lines if completed(line)}
+        self._worths = {index: known[index] for index in known if index in staged}
+        self.directory.drop_models(staged - known.keys())  # of rounds that never ended
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove the models of rounds that are too long ago, but for the best one."""
+        worths = self._worths
+        kept = set(sorted(worths)[-self.config.models.keep_rounds :])
+        # The earliest of several that are as good.
+        kept |= set(sorted(worths, key=lambda index: (worths[index], -index))[-1:])
+        dropped = worths.keys() - kept - {self.state.model_index}
+        self.directory.drop_models(dropped)
+        for index in dropped:
+            del worths[index]
 
     def _stage(self, index: int, parameters: Flat) -> None:
         model = export_model(self.bundle.header, self.bundle.graphs["infer"], parameters)
@@ -256,6 +309,21 @@ class Run:
             "bytes_received": outcome.bytes_in,
             "bytes_sent": outcome.bytes_out,
         }
+
+
+def completed(line: dict[str, Any]) -> bool:
+    """Whether a line of metrics is of a round that gave a model."""
+    return line.get("outcome") == "completed"
+
+
+def worth(line: dict[str, Any]) -> tuple[float, float, float]:
+    """To compare models by, greater is better: the held-out set's accuracy, its loss, or the devices'
+    training loss, by the first that there is. line: of a completed round."""
+    return (
+        line.get("test_accuracy", -math.inf),
+        -line.get("test_loss", math.inf),
+        -line.get("train_loss", math.inf),
+    )
 
 
 def hyper_values(bundle: PlanBundle, config: RunConfig) -> tuple[float, ...]:

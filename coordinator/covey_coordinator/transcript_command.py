@@ -185,14 +185,10 @@ def _names(names: list[str]) -> str:
 def _find(fleet_dir: Path, run: str | None, index: int) -> tuple[str, Path]:
     """(run, file) of a round. Raises ConfigError."""
     runs = fleet_dir / "runs"
-    if run is None:
-        queued = [(p.stat().st_mtime_ns, p.parent.name) for p in runs.glob("*/run.toml")]
-        if not queued:
-            raise ConfigError(f"there is no run in {runs}; name the fleet with --fleet-dir")
-        run = max(queued)[1]
-    elif not (runs / run / "run.toml").exists():
-        known = sorted(path.parent.name for path in runs.glob("*/run.toml"))
-        raise ConfigError(f"there is no run {run!r}; there are: {', '.join(known) or 'none'}")
+    from covey_coordinator.operating import chosen_run, store_of
+
+    with store_of(fleet_dir) as store:
+        run = chosen_run(store, run)
     directory = runs / run / "rounds" / f"{index:05}"
     for name in ("transcript", ".transcript.part"):
         if (directory / name).exists():

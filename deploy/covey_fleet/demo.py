@@ -25,7 +25,7 @@ from covey_coordinator.config import (
 )
 from covey_coordinator.plans.bundle import PlanBundle, load_bundle
 from covey_coordinator.run import HeldOut, RoundOutcome, Run
-from covey_coordinator.store import RunDirectory
+from covey_coordinator.store import FILE, RunDirectory, Store
 from covey_fleet import baseline, digits, report
 from covey_fleet.digits import ByLabel, Dirichlet, Examples, Split
 from covey_fleet.fleet import BrokerChoice, Fleet, FleetEvent, FleetSettings
@@ -134,7 +134,10 @@ async def _play(
     bundle = load_bundle(PLANS / options.model)
     config = run_config(options)
     sizes: list[int] = []
-    with View(console, config.rounds, options.devices) as view:
+    with (
+        Store.open(directory / FILE) as store,
+        View(console, config.rounds, options.devices) as view,
+    ):
 
         def observe(event: FleetEvent) -> None:
             if isinstance(event, RoundOutcome) and event.completed is not None:
@@ -152,9 +155,9 @@ async def _play(
             processes=options.processes,
             log_file=log_file,
         )
-        run_directory = RunDirectory.create(directory / "run", b"", os.urandom(16))
+        run_directory = RunDirectory.create(directory / "run", b"", os.urandom(16), store)
         run = Run(run_directory, config, bundle, held_out=HeldOut(test.features, test.labels))
-        async with Fleet(directory, settings, observe) as fleet:
+        async with Fleet(directory, settings, store, observe) as fleet:
             view.say(_opening(options, fleet, bundle, train, test))
             playing = time.monotonic()
             state = await fleet.play(run)

@@ -25,7 +25,7 @@ from covey_coordinator.registry import Registry
 from covey_coordinator.round import Completed, Moved
 from covey_coordinator.run import RoundOutcome, Run
 from covey_coordinator.service import CoordinatorService
-from covey_coordinator.store import Progress, RoundCounter, RunState
+from covey_coordinator.store import Progress, RunState, Store
 from covey_device.data import DataConfig, NpzData
 from covey_fleet.device import (
     BACKOFF_BASE_S,
@@ -81,16 +81,19 @@ class FleetSettings:
 class Fleet:
     """``async with Fleet(...) as fleet`` starts everything, and ends it. directory: empty, private.
 
-    observer: told of every phase, outcome and vanished device, on the event loop.
+    store: the coordinator's database. observer: told of every phase, outcome and vanished device, on the
+    event loop.
     """
 
     def __init__(
         self,
         directory: Path,
         settings: FleetSettings,
+        store: Store,
         observer: Callable[[FleetEvent], None] = lambda event: None,
     ) -> None:
         self.directory = directory
+        self.store = store
         self.settings = settings
         self.observer = observer
         self.name = f"demo-{secrets.token_hex(4)}"
@@ -221,7 +224,7 @@ class Fleet:
             self.trust,
             self._coordinator_key,
             self.transport(COORDINATOR, COORDINATOR),
-            RoundCounter(self.directory / "rounds"),
+            self.store,
             registry=self.registry,
             observer=self._observe,
             pool=threads,

@@ -16,7 +16,7 @@ import tomli_w
 
 from brokers import missing
 from covey_coordinator.broker import embedded
-from covey_coordinator.store import RunDirectory
+from covey_coordinator.store import FILE, RunDirectory, Store
 from memory_fleet import PLAN
 from processes import COVEY, COVEY_DEVICE, Child, covey, free_port
 
@@ -130,7 +130,7 @@ def test_from_an_empty_directory_to_a_model_and_on_after_a_stop(
     coordinator.until(r"run long: round   2 .* devices")
     assert coordinator.end(signal.SIGINT) == 0
     assert coordinator.lines[-1].endswith("run long: stopped; the next `covey up` goes on with it")
-    directory = RunDirectory(fleet / "farm" / "runs" / "long")
+    directory = RunDirectory(fleet / "farm" / "runs" / "long", Store.open(fleet / "farm" / FILE))
     assert directory.state().status == "running"
     assert 2 <= directory.state().rounds_done < 6
     interrupted = covey(fleet, "status", "--fleet-dir", "farm").stdout

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from covey_coordinator.cli import main
-from covey_coordinator.store import RunDirectory
+from covey_coordinator.store import FILE, RunDirectory, Store
 from covey_shared.messages import MaskedUpdate, ViewVote
 from covey_shared.messages import Result as RoundResult
 from lab import Lab, Mail, Play
@@ -56,9 +56,10 @@ def covey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Covey:
 @pytest.fixture
 def round_7(tmp_path: Path) -> Path:
     """A fleet's directory with a run, and its seventh round's transcript."""
-    older = RunDirectory.create(tmp_path / "runs" / "older", b"", os.urandom(16))
-    os.utime(older.path / "run.toml", (1, 1))
-    run = RunDirectory.create(tmp_path / "runs" / "first", b"", os.urandom(16))
+    with Store.open(tmp_path / FILE) as store:
+        runs = tmp_path / "runs"
+        run = RunDirectory.create(runs / "first", b"", os.urandom(16), store, created_unix=2.0)
+        RunDirectory.create(runs / "older", b"", os.urandom(16), store, created_unix=1.0)
     return write(run, 7, STORY)
 
 
@@ -119,7 +120,7 @@ def test_rounds_that_are_not_there(covey: Covey, round_7: Path, tmp_path: Path):
         ((7, "--run", "nope"), "there is no run 'nope'; there are: first, older"),
         (
             (7, "--fleet-dir", "else"),
-            "there is no run in else/runs; name the fleet with --fleet-dir",
+            "there is no run in else; name the fleet with --fleet-dir, or queue one with covey run",
         ),
     ):
         result = covey("transcript", *arguments)
@@ -152,7 +153,8 @@ def test_an_abandoned_round(covey: Covey, tmp_path: Path):
     def before(play: Play) -> None:
         play.intercept = lambda mail: () if isinstance(mail.message, ViewVote) else (mail,)
 
-    run = RunDirectory.create(tmp_path / "runs" / "first", b"", os.urandom(16))
+    with Store.open(tmp_path / FILE) as store:
+        run = RunDirectory.create(tmp_path / "runs" / "first", b"", os.urandom(16), store)
     path = write(run, 1, told(lab, before))
     shown = covey("transcript", 1).stdout
     assert shown.splitlines()[0].endswith(

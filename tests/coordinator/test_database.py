@@ -641,6 +641,56 @@ def test_processes_may_make_it_at_the_same_moment(path: Path):
     assert sorted(int(child.communicate()[0]) for child in children) == [1, 2, 3, 4]
 
 
+# -- before there was a database -------------------------------------------------------------------
+
+
+def test_files_of_before_are_taken_over(path: Path):
+    fleet = path.parent
+    uploads = {MODEL.hex(): 2, OTHER.hex(): 0}
+    (fleet / "rounds").write_text(json.dumps({"last": 41, "uploads": uploads}))
+    for at, name in enumerate(("newer", "older", "torn")):
+        (fleet / "runs" / name).mkdir(parents=True)
+        (fleet / "runs" / name / "run.toml").touch()
+        os.utime(fleet / "runs" / name / "run.toml", (100 - at, 100 - at))
+    (fleet / "runs" / "torn" / "state.json").write_text("{")
+    (fleet / "runs" / "newer" / "state.json").write_text(json.dumps({"run_id": "0" * 32}))
+    state = RunState(
+        run_id=RUN_ID.hex(), status="running", rounds_done=2, rounds_completed=2, last=line(41, 2)
+    )
+    older = fleet / "runs" / "older"
+    (older / "state.json").write_text(
+        json.dumps({"run_id": RUN_ID.hex(), "status": "running", "rounds_done": 2,
+                    "rounds_completed": 2, "last": line(41, 2)})
+    )  # fmt: skip
+    # The crash was before the last line was appended, and in the middle of another.
+    (older / "metrics.jsonl").write_text(json.dumps(line(40, 1)) + '\n{"ind')
+    with Store.open(path) as store:
+        assert [name for name, _ in store.runs()] == ["older", "newer"]
+        assert store.run("older") == state
+        assert store.rounds("older") == [line(40, 1), line(41, 2)]
+        assert store.next_round() == 42
+        assert (store.revision(MODEL), store.revision(OTHER), store.revision(SECRET)) == (3, 1, 0)
+    assert not (fleet / "rounds").exists()
+    assert (fleet / "rounds.taken").exists()
+    assert (older / "state.json.taken").exists()
+    with Store.open(path) as again:
+        assert again.next_round() == 43
+
+
+@pytest.mark.parametrize("data", [b"", b"7\n", b"\xff", b'{"last": -1}', b'{"last": 1.5}', b"[]"])
+def test_a_damaged_counter_is_not_guessed_at(path: Path, data: bytes):
+    counter = path.with_name("rounds")
+    counter.write_bytes(data)
+    for _ in range(2):
+        with pytest.raises(StorageError) as caught:
+            Store.open(path)
+        assert f"{counter} is damaged (" in str(caught.value)
+        assert 'write {"last": N} into it' in str(caught.value)
+    counter.write_text('{"last": 41}')
+    with Store.open(path) as store:
+        assert store.next_round() == 42
+
+
 # -- schemas ---------------------------------------------------------------------------------------
 
 

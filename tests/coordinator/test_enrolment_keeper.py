@@ -16,7 +16,7 @@ from covey_coordinator.devices import Revoked
 from covey_coordinator.enrolment import enrolment_of, keeper
 from covey_coordinator.fleet import FleetDirectory
 from covey_coordinator.service import CoordinatorService
-from covey_coordinator.store import RoundCounter
+from covey_coordinator.store import Store
 from covey_shared import wire
 from covey_shared.enrolment import Enrolled, RenewalWanted
 from covey_shared.errors import TransportError
@@ -44,7 +44,7 @@ class Up:
             self.fleet.trust,
             self.fleet.coordinator_key(),
             self.network.client("coordinator"),
-            RoundCounter(self.fleet.path / "rounds"),
+            Store.in_memory(),
         )
 
     @asynccontextmanager

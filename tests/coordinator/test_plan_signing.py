@@ -20,7 +20,7 @@ from covey_coordinator.plans.signing import (
 )
 from covey_coordinator.queueing import queue_run
 from covey_coordinator.run import Run
-from covey_coordinator.store import RunDirectory
+from covey_coordinator.store import RunDirectory, Store
 from covey_device.policy import Day, Policy, signers_of
 from covey_fleet.models import PLANS
 from covey_shared import wire
@@ -147,7 +147,7 @@ def test_a_run_carries_the_signatures_it_was_queued_with(tmp_path: Path, plan: P
     sign_plan(plan, MLP.hash, OTHER)
     directory = queue_run(fleet, plan, "run", {})
     shutil.rmtree(plan / "signatures")
-    _, run = load_run(RunDirectory(directory.path))
+    _, run = load_run(RunDirectory(directory.path, directory.store))
     call = run.spec("farm", 1).call
     assert set(signers_of(call)) == {OWNER.public, OTHER.public}
     assert wire.decode(wire.sign(call, OTHER).envelope).message == call
@@ -165,7 +165,7 @@ def test_without_signatures_everything_is_as_before(tmp_path: Path, plan: Path):
 
 
 def test_a_call_is_of_the_bundle_s_signatures(tmp_path: Path):
-    directory = RunDirectory.create(tmp_path / "run", b"", bytes(16))
+    directory = RunDirectory.create(tmp_path / "run", b"", bytes(16), Store.in_memory())
     assert Run(directory, RunConfig(plan="p"), MLP).spec("farm", 1).call.plan_signatures == ()
 
 

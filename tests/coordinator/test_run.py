@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from covey_coordinator import files
-from covey_coordinator.config import EncodingConfig, RunConfig, WorkConfig
+from covey_coordinator.config import EncodingConfig, ModelsConfig, RunConfig, WorkConfig
 from covey_coordinator.plans.bundle import load_bundle
 from covey_coordinator.round import Completed
-from covey_coordinator.run import HeldOut, RoundOutcome, Run, hyper_values
-from covey_coordinator.store import RunDirectory
+from covey_coordinator.run import HeldOut, RoundOutcome, Run, hyper_values, worth
+from covey_coordinator.store import FILE, RunDirectory, Store
 from covey_shared.errors import ConfigError, StorageError
 from covey_shared.fixedpoint import Encoding
 from covey_shared.layout import Flat
@@ -31,14 +31,21 @@ ENCODING = Encoding(value_bits=24, n=3, n_params=N, clip=4.0, w_max=1000, metric
 def make(tmp_path: Path, settings: RunConfig | None = None, held_out: HeldOut | None = None) -> Run:
     """The run in tmp_path, as another process would take it up."""
     path = tmp_path / "run"
-    directory = RunDirectory(path) if path.exists() else RunDirectory.create(path, b"", bytes(16))
+    store = Store.open(tmp_path / FILE)
+    directory = (
+        RunDirectory(path, store)
+        if store.has_run("run")
+        else RunDirectory.create(path, b"", bytes(16), store)
+    )
     return Run(directory, settings or config(rounds=5), BUNDLE, held_out=held_out)
 
 
-def completed(*deltas: float, weights: tuple[int, ...] = (100, 100, 100)) -> Completed:
-    """Three devices whose updates are the same number everywhere, each with a loss of 0.5."""
+def completed(
+    *deltas: float, weights: tuple[int, ...] = (100, 100, 100), loss: float = 0.5
+) -> Completed:
+    """Three devices whose updates are the same number everywhere, each with the same loss."""
     ring = sum(
-        ENCODING.encode(np.full(N, delta, np.float32), weight, (0.5,), os.urandom)
+        ENCODING.encode(np.full(N, delta, np.float32), weight, (loss,), os.urandom)
         for delta, weight in zip(deltas, weights, strict=True)
     )
     return Completed(np.asarray(ring), ENCODING, NAMES, (DeviceId("d"),))  # type: ignore[arg-type]
@@ -304,10 +311,46 @@ def test_a_damaged_run_is_refused_at_once(tmp_path: Path, what: str):
     run = make(tmp_path)
     run.begin()
     play(run, completed(1, 1, 1))
-    path = run.directory.path / ("state.json" if what == "state" else "parameters.bin")
-    path.write_bytes(b"damaged")
-    with pytest.raises(StorageError, match=path.name):
+    if what == "state":
+        run.state.model = "damaged"
+        run.directory.save_state(run.state)
+    else:
+        for path in run.directory.path.rglob("parameters.bin"):
+            path.write_bytes(b"damaged")
+    with pytest.raises(StorageError, match=r"covey\.db" if what == "state" else r"parameters\.bin"):
         make(tmp_path)
+
+
+def models(run: Run) -> list[int]:
+    return sorted(run.directory.staged())
+
+
+def test_models_are_kept_for_a_while_and_the_best_for_good(tmp_path: Path):
+    run = make(tmp_path, config(rounds=12, models=ModelsConfig(keep_rounds=2)))
+    run.begin()
+    seen = []
+    for loss in (0.9, 0.5, None, 0.3, 0.4, 0.8, None, 0.7):
+        play(run, None if loss is None else completed(1, 1, 1, loss=loss))
+        seen.append(models(run))
+    assert seen == [[1], [1, 2], [1, 2], [2, 4], [4, 5], [4, 5, 6], [4, 5, 6], [4, 6, 8]]
+    assert not run.directory.round(1).exists()
+    again = make(tmp_path, config(rounds=12, models=ModelsConfig(keep_rounds=1)))
+    run.directory.stage_model(9, again.parameters, b"of a round that never ended")
+    again.begin()
+    assert models(again) == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        ({"test_accuracy": 0.9, "test_loss": 5.0}, {"test_accuracy": 0.8, "test_loss": 1.0}),
+        ({"test_loss": 1.0, "train_loss": 9.0}, {"test_loss": 2.0, "train_loss": 1.0}),
+        ({"train_loss": 1.0}, {"train_loss": 2.0}),
+        ({"test_loss": 9.0}, {"test_problem": "it does not fit", "train_loss": 0.1}),
+    ],
+)
+def test_which_model_is_better(better: dict[str, float], worse: dict[str, object]):
+    assert worth(better) > worth(worse)
 
 
 def test_metrics_are_numbers_that_any_program_reads(tmp_path: Path):

@@ -8,20 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from covey_coordinator import files
 from covey_coordinator.files import append_line, last_line, write_atomic
-from covey_coordinator.store import (
-    Progress,
-    RoundCounter,
-    RunDirectory,
-    RunState,
-)
+from covey_coordinator.store import FILE, Progress, RunDirectory, RunState, Store
 from covey_shared.errors import ConfigError, StorageError
 
 RUN_ID = bytes(range(16))
@@ -165,86 +157,18 @@ def test_a_file_of_half_a_line_has_no_last_one(tmp_path: Path):
     assert path.read_bytes() == b"one\n"
 
 
-# -- round numbers and revisions -------------------------------------------------------------------
-
-MODEL, OTHER = b"\x01" * 32, b"\x02" * 32
-
-
-def test_numbers_grow_across_restarts(tmp_path: Path):
-    numbers = [RoundCounter(tmp_path / "rounds").next() for _ in range(5)]
-    assert numbers == [1, 2, 3, 4, 5]
-
-
-@pytest.mark.parametrize("error", [Crash, full], ids=["crash", "full disk"])
-def test_no_number_is_ever_given_twice(tmp_path: Path, error: Callable[[], BaseException]):
-    counter, given_out = RoundCounter(tmp_path / "rounds"), []
-
-    def step() -> None:
-        given_out.append(counter.next())
-
-    for _ in everywhere(step, error):
-        given_out.append(RoundCounter(tmp_path / "rounds").next())
-    assert given_out == sorted(set(given_out))
-
-
-def test_a_number_is_durable_before_it_is_given(tmp_path: Path):
-    counter = RoundCounter(tmp_path / "rounds")
-    with trouble(0, full, ["fsync"]), pytest.raises(StorageError):
-        counter.next()
-    assert not (tmp_path / "rounds").exists()
-
-
-def test_a_revision_is_used_up_when_uploads_begin(tmp_path: Path):
-    counter = RoundCounter(tmp_path / "rounds")
-    assert counter.revision(MODEL) == 0
-    counter.next()
-    assert counter.revision(MODEL) == 0  # called, but nobody was let upload
-    counter.uploads_begin(MODEL, 0)
-    again = RoundCounter(tmp_path / "rounds")
-    assert again.revision(MODEL) == 1
-    assert again.revision(OTHER) == 0
-    again.uploads_begin(MODEL, 1)
-    again.uploads_begin(MODEL, 0)  # never back
-    assert again.revision(MODEL) == 2
-    assert again.next() == 2
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 20), max_size=30))
-def test_models_are_remembered_as_long_as_devices_do(
-    tmp_path_factory: pytest.TempPathFactory, order: list[int]
-):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("covey_coordinator.store.directory.MAX_REMEMBERED_MODELS", 10)
-        patch.setattr(files.os, "fsync", lambda fd: None)
-        counter = RoundCounter(tmp_path_factory.mktemp("fleet") / "rounds")
-        recent: dict[int, int] = {}
-        for model in order:
-            revision = counter.revision(bytes([model]) * 32)
-            assert revision == recent.get(model, -1) + 1
-            counter.uploads_begin(bytes([model]) * 32, revision)
-            recent.pop(model, None)
-            recent[model] = revision
-            recent = dict(list(recent.items())[-10:])
-
-
-@pytest.mark.parametrize("data", [b"", b"7\n", b"\xff", b'{"last": -1}', b'{"last": 1.5}', b"[]"])
-def test_a_damaged_counter_is_not_guessed_at(tmp_path: Path, data: bytes):
-    (tmp_path / "rounds").write_bytes(data)
-    for ask in (RoundCounter.next, lambda counter: counter.revision(MODEL)):
-        with pytest.raises(StorageError) as caught:
-            ask(RoundCounter(tmp_path / "rounds"))
-        assert f"{tmp_path / 'rounds'} is damaged (" in str(caught.value)
-        assert 'write {"last": N} into it' in str(caught.value)
-    (tmp_path / "rounds").write_text('{"last": 41}')
-    assert RoundCounter(tmp_path / "rounds").next() == 42
-
-
 # -- runs ------------------------------------------------------------------------------------------
 
 
 def make(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.create(tmp_path / "runs" / "one", b'plan = "p"', RUN_ID)
+    store = Store.open(tmp_path / FILE)
+    return RunDirectory.create(tmp_path / "runs" / "one", b'plan = "p"', RUN_ID, store)
+
+
+def taken_up(run: RunDirectory) -> RunDirectory:
+    """By a new process."""
+    run.store.close()
+    return RunDirectory(run.path, Store.open(run.path.parents[1] / FILE))
 
 
 def test_a_new_run_is_queued(tmp_path: Path):
@@ -275,36 +199,33 @@ def test_a_run_that_could_not_be_made_leaves_its_name_free(
 
 
 def make_state(tmp_path: Path) -> RunState:
-    return RunDirectory(tmp_path / "runs" / "one").state()
+    with Store.open(tmp_path / FILE) as store:
+        return store.run("one")
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"{",
-        b"\xff",
-        b"[1]",
-        b"{}",
-        b'{"run_id": "00", "status": "queued"}',
-        b'{"run_id": "00000000000000000000000000000000", "status": "asleep"}',
-        b'{"run_id": "00000000000000000000000000000000", "rounds_done": -1}',
-        b'{"run_id": "00000000000000000000000000000000", "model": "xyz"}',
-        b'{"run_id": "00000000000000000000000000000000", "what": 1}',
-    ],
-)
-def test_a_damaged_state_is_refused(tmp_path: Path, data: bytes):
-    run = make(tmp_path)
-    (run.path / "state.json").write_bytes(data)
-    with pytest.raises(StorageError) as caught:
-        run.state()
-    assert f"{run.path / 'state.json'} is damaged (" in str(caught.value)
-    assert "queue it anew" in str(caught.value)
+def test_a_run_the_database_does_not_know_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match="there is no run 'two' in this fleet"):
+        RunDirectory(tmp_path / "two", Store.in_memory()).state()
 
 
-def test_a_missing_state_is_named(tmp_path: Path):
-    with pytest.raises(StorageError, match=r"cannot read .*state\.json: No such file"):
-        RunDirectory(tmp_path).state()
+def test_what_a_killed_covey_run_left_is_cleared_away(tmp_path: Path):
+    path = tmp_path / "runs" / "one"
+    path.mkdir(parents=True)
+    (path / "run.toml").write_bytes(b"half")
+    assert (make(tmp_path).path / "run.toml").read_bytes() == b'plan = "p"'
+
+
+def test_files_of_a_run_that_was_forgotten_are_not_touched(tmp_path: Path):
+    """Whoever lost the database wants to keep the models."""
+    path = tmp_path / "runs" / "one"
+    (path / "rounds").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds files of a run that the database does not know"):
+        make(tmp_path)
+    assert (path / "rounds").exists()
+
+
+def no_links(*_: object) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
 
 
 FLAT = [np.array([i, i + 1, i + 2], np.float32) for i in range(3)]
@@ -316,40 +237,46 @@ def finish_round(run: RunDirectory, state: RunState, index: int) -> None:
     state.rounds_done = state.rounds_completed = state.model_index = index
     state.model = hashlib.sha256(FLAT[index].tobytes()).hexdigest()
     state.last = {"index": index}
-    run.save_state(state)
+    run.finish_round(state)
     run.settle(state)
 
 
 @pytest.mark.parametrize("error", [Crash, full], ids=["crash", "full disk"])
+@pytest.mark.parametrize("links", [True, False])
 def test_a_round_s_end_is_kept_whole_or_not_at_all(
-    tmp_path: Path, error: Callable[[], BaseException]
+    tmp_path: Path,
+    error: Callable[[], BaseException],
+    links: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    run = make(tmp_path)
-    finish_round(run, run.state(), 1)
-    seen = set()
+    if not links:
+        monkeypatch.setattr(files.os, "link", no_links)
+    seen = []
 
-    def step() -> None:
-        finish_round(run, run.state(), 2)
+    def fresh() -> RunDirectory:
+        (tmp_path / str(len(seen))).mkdir()
+        run = make(tmp_path / str(len(seen)))
+        finish_round(run, run.state(), 1)
+        return run
 
-    for at in everywhere(step, error):
-        again = RunDirectory(run.path)  # a new process
+    current = [fresh()]
+    for _ in everywhere(lambda: finish_round(current[0], current[0].state(), 2), error):
+        again = taken_up(current[0])
         state = again.state()
         parameters = again.parameters(state, 3)
         assert parameters is not None
         assert parameters.tolist() == FLAT[state.rounds_done].tolist()
-        again.settle(state)
+        again.settle(state, whole=True)
+        assert again.read_metrics() == again.store.rounds("one")
         lines = [line["index"] for line in again.read_metrics()]
-        assert lines == list(range(1, state.rounds_done + 1)), at
+        assert lines == list(range(1, state.rounds_done + 1))
         assert (again.path / "parameters.bin").read_bytes() == FLAT[state.rounds_done].tobytes()
         assert (again.path / "model.onnx").read_bytes() == b"onnx %d" % state.rounds_done
-        assert not (again.path / "next.bin").exists()
-        seen.add(state.rounds_done)
-        if state.rounds_done == 2:  # back to where it was, for the next crash
-            again.save_state(RunState(run_id=RUN_ID.hex()))
-            again.metrics.unlink()
-            finish_round(again, again.state(), 1)
-    assert seen == {1, 2}
-    assert [line["index"] for line in run.read_metrics()] == [1, 2]
+        seen.append(state.rounds_done)
+        again.store.close()
+        current[0] = fresh()
+    assert set(seen) == {1, 2}
+    assert [line["index"] for line in current[0].read_metrics()] == [1, 2]
 
 
 def test_settling_twice_changes_nothing(tmp_path: Path):
@@ -369,10 +296,7 @@ def test_the_model_is_stored_once_where_there_are_links(tmp_path: Path):
 def test_where_there_are_no_links_the_model_is_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def link(*_: object) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(files.os, "link", link)
+    monkeypatch.setattr(files.os, "link", no_links)
     run = make(tmp_path)
     finish_round(run, run.state(), 1)
     assert (run.path / "model.onnx").read_bytes() == b"onnx 1"
@@ -382,13 +306,13 @@ def test_where_there_are_no_links_the_model_is_copied(
 def test_a_model_that_is_not_the_one_is_refused(tmp_path: Path, damage: str):
     run = make(tmp_path)
     finish_round(run, run.state(), 1)
-    path = run.path / "parameters.bin"
-    if damage == "gone":
+    for path in (run.path / "parameters.bin", run.round(1) / "parameters.bin"):
+        assert run.parameters(run.state(), 3) is not None  # while either is right
         path.unlink()
-    else:
-        path.write_bytes(FLAT[1].tobytes()[:-1] if damage == "cut" else FLAT[2].tobytes())
+        if damage != "gone":
+            path.write_bytes(FLAT[1].tobytes()[:-1] if damage == "cut" else FLAT[2].tobytes())
     with pytest.raises(
-        StorageError, match=r"parameters\.bin is not the model that state\.json names"
+        StorageError, match=r"parameters\.bin is not the model that .*covey\.db names; restore both"
     ):
         run.parameters(run.state(), 3)
 
@@ -428,19 +352,41 @@ def test_progress_is_a_hint(tmp_path: Path):
     assert run.progress() is None
 
 
-def test_state_survives_a_round_trip(tmp_path: Path):
+def test_metrics_are_brought_to_what_the_database_says(tmp_path: Path):
     run = make(tmp_path)
-    state = RunState(
-        status="running",
-        run_id=RUN_ID.hex(),
-        rounds_done=5,
-        rounds_completed=3,
-        rounds_abandoned=2,
-        model="ab" * 32,
-        model_index=4,
-        last={"index": 5, "reason": "äöü", "loss": 0.25},
-        message="hello",
-    )
-    run.save_state(state)
-    assert run.state() == state
-    assert msgspec.json.decode((run.path / "state.json").read_bytes())["rounds_done"] == 5
+    for index in (1, 2):
+        finish_round(run, run.state(), index)
+    lines = b'{"index":1}\n{"index":2}\n'
+    for damage in (b"", b'{"index":2}\n', b"x" * 100, lines + b'{"index":3}\n', None):
+        if damage is None:
+            run.metrics.unlink()
+        else:
+            run.metrics.write_bytes(damage)
+        run.settle(run.state(), whole=True)
+        assert run.metrics.read_bytes() == lines
+    run.metrics.write_bytes(b"y" + lines[1:])
+    run.settle(run.state())  # after a round the end is enough
+    assert run.metrics.read_bytes() == b"y" + lines[1:]
+
+
+def test_a_model_without_its_round_s_files_is_left_as_it_is(tmp_path: Path):
+    run = make(tmp_path)
+    finish_round(run, run.state(), 1)
+    run.drop_models([1])
+    assert not run.round(1).exists()
+    run.settle(run.state())
+    assert (run.path / "parameters.bin").read_bytes() == FLAT[1].tobytes()
+    (run.path / "parameters.bin").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"rounds/00001 lacks the model that .* names; restore"):
+        run.settle(run.state())
+
+
+def test_a_model_goes_and_its_transcript_stays(tmp_path: Path):
+    run = make(tmp_path)
+    for index in (1, 2):
+        finish_round(run, run.state(), index)
+        (run.round(index) / "transcript").write_bytes(b"t")
+    assert sorted(run.staged()) == [1, 2]
+    run.drop_models([1])
+    assert sorted(run.staged()) == [2]
+    assert [path.name for path in run.round(1).iterdir()] == ["transcript"]

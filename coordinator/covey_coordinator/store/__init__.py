@@ -1,7 +1,7 @@
 """What the coordinator keeps: its database (`Store`) and a run's files (`RunDirectory`)."""
 
 from covey_coordinator.store.database import FILE, OpenRound, Store
-from covey_coordinator.store.directory import RoundCounter, RunDirectory
+from covey_coordinator.store.directory import RunDirectory
 from covey_coordinator.store.state import HexDigest, HexRunId, Progress, RunState, RunStatus
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "HexRunId",
     "OpenRound",
     "Progress",
-    "RoundCounter",
     "RunDirectory",
     "RunState",
     "RunStatus",

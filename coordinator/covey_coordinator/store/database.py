@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
@@ -18,9 +18,11 @@ from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.exc import IntegrityError
 
 from covey_coordinator.files import sync_directory
-from covey_coordinator.store import opening, schema
+from covey_coordinator.store import opening, schema, takeover
 from covey_coordinator.store.state import UNREADABLE, RunState
 from covey_shared.errors import ConfigError, LocalProtocolError, StorageError
+
+T = TypeVar("T")
 
 FILE = "covey.db"
 """Its name in a fleet's directory."""
@@ -87,6 +89,11 @@ class Store:
         """The file; None in memory."""
         return self._path
 
+    @property
+    def place(self) -> Path:
+        """What messages call it."""
+        return self._name
+
     def close(self) -> None:
         """Let go of the file. What was acknowledged is in it either way."""
         with self._lock:
@@ -115,9 +122,14 @@ class Store:
             present = opening.revision_of(connection)
         if present == schema.HEAD:
             return
+        taken: list[Path] = []
         with self._writing() as connection:
             if opening.prepare(connection, self._path):
-                connection.execute(insert(schema.counter).values(id=1, last_round=0))
+                if self._path is None:
+                    connection.execute(insert(schema.counter).values(id=1, last_round=0))
+                else:
+                    taken = takeover.take_over(connection, self._path.parent)
+        takeover.rename_taken(taken)
 
     def back_up(self, path: Path) -> None:
         """A copy of the whole database, while it is in use. The open round is not in it: its secret
@@ -240,6 +252,12 @@ class Store:
                 raise ConfigError(f"there is a run {name!r} already; choose another name") from None
             raise
 
+    def has_run(self, name: str) -> bool:
+        """Whether there is one of that name."""
+        with self._reading() as connection:
+            found = connection.execute(select(schema.runs.c.id).where(schema.runs.c.name == name))
+            return found.first() is not None
+
     def run(self, name: str) -> RunState:
         """Where a run stands. Raises ConfigError if there is none of that name."""
         with self._reading() as connection:
@@ -277,7 +295,7 @@ class Store:
     def open_round(self, opened: OpenRound) -> None:
         """From now on a restart finds this round. Raises LocalProtocolError if another is open."""
         with self._writing() as connection:
-            present = _opened(connection)
+            present = self._opened(connection)
             if present == opened:
                 return
             if present is not None:
@@ -292,7 +310,7 @@ class Store:
     def opened(self) -> OpenRound | None:
         """The open round, if there is one."""
         with self._reading() as connection:
-            return _opened(connection)
+            return self._opened(connection)
 
     def journal(self, entries: Sequence[bytes], *, durable: bool = True) -> None:
         """Append to the open round's journal, all or none. durable: false may wait for the next
@@ -330,7 +348,8 @@ class Store:
         """Of the open round: device -> its chunks in the spool."""
         with self._reading() as connection:
             rows = connection.execute(select(schema.chunks).order_by(schema.chunks.c.device))
-            return {row.device: row.bitmap for row in rows}
+            found = {row.device: row.bitmap for row in rows}
+            return self._checked(found, dict[str, bytes], "the chunks of uploads")
 
     def finish_round(self, name: str, state: RunState) -> None:
         """A round's end, in one transaction: the run is saved, `state.last` joins its rounds, and the
@@ -341,7 +360,7 @@ class Store:
         if state.last is None:
             raise LocalProtocolError("a round ends with its line of metrics")
         with self._writing() as connection:
-            present = _opened(connection)
+            present = self._opened(connection)
             if present is not None and present.run != name:
                 raise LocalProtocolError(f"the open round is one of run {present.run!r}")
             _save(connection, name, state)
@@ -354,6 +373,20 @@ class Store:
         with self._writing() as connection:
             _empty(connection)
         self._clear_log()
+
+    def _opened(self, connection: Connection) -> OpenRound | None:
+        row = connection.execute(select(schema.open_round)).one_or_none()
+        if row is None:
+            return None
+        values = {name: row._mapping[name] for name in OpenRound.__slots__}
+        return self._checked(values, OpenRound, "the open round")
+
+    def _checked(self, value: object, kind: type[T], what: str) -> T:
+        """SQLite keeps what it is given, whatever the column's type."""
+        try:
+            return msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            raise opening.damaged(self._name, f"{what}: {error}") from error
 
     def _clear_log(self) -> None:
         """Move the write-ahead log into the database and cut it: what was deleted is still in it.
@@ -394,7 +427,7 @@ def _raw(connection: Connection) -> Any:
 
 
 def _unknown(name: str) -> ConfigError:
-    return ConfigError(f"there is no run {name!r} in this fleet; covey status shows them")
+    return ConfigError(f"there is no run {name!r} in this fleet; covey runs shows them")
 
 
 def _columns(state: RunState) -> dict[str, Any]:
@@ -432,13 +465,6 @@ def _use_up(connection: Connection, model: bytes, revision: int) -> None:
             },
         )
     )
-
-
-def _opened(connection: Connection) -> OpenRound | None:
-    row = connection.execute(select(schema.open_round)).one_or_none()
-    if row is None:
-        return None
-    return OpenRound(**{name: row._mapping[name] for name in OpenRound.__slots__})
 
 
 def _check_open(connection: Connection) -> None:

@@ -1,11 +1,11 @@
-"""What the coordinator keeps on disk, every file whole or not there (see `files`).
+"""A run's files. Where it stands is in the database; here is what is too large for it, or for others.
 
 A fleet's directory::
 
     covey.toml             the configuration
+    covey.db               the database (see `Store`), with -wal and -shm beside it while it is in use
     ca/ca.key, ca.pub      the fleet CA
     coordinator.key, .pub  the key that devices pin
-    rounds                 what devices remember of rounds, mirrored (see `RoundCounter`)
     broker/                the broker's own files, when `covey up` runs it
     devices/NAME/          what is handed to a device, and its identity's public key
     runs/NAME/             one run
@@ -14,26 +14,25 @@ and a run's::
 
     run.toml               what was asked for
     signatures/            of its plan, by model owners, if there are any
-    state.json             where it stands
     parameters.bin         the current model, one little-endian float32 vector
     model.onnx             the same, as one file that anything can load
     metrics.jsonl          one line per round
-    rounds/00007/model.onnx
+    rounds/00007/          what the round gave: parameters.bin, model.onnx
     rounds/00007/transcript  what others can check it by (see `transcript`)
-    next.bin               a model that state.json may not name yet
     progress.json          the open round, for whoever watches
     spool/                 uploads of the open round
 
-A round's end is several files, and one of them decides: `state.json` names the model by its hash and
-holds the round's line of metrics. What it says and other files lack, `RunDirectory.settle` makes up
-for; what they hold and it does not name, never happened.
+A round's end is several files and one transaction, and the transaction decides. Its model is on the disk
+before; what the database says and other files lack, `RunDirectory.settle` makes up for afterwards; what
+they hold and it does not name, never happened.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,74 +46,23 @@ from covey_coordinator.files import (
     sync_directory,
     write_atomic,
 )
-from covey_coordinator.store.state import UNREADABLE, Count, Progress, RunState
+from covey_coordinator.store.database import Store
+from covey_coordinator.store.state import UNREADABLE, Progress, RunState
 from covey_shared.errors import ConfigError, StorageError
 from covey_shared.layout import Flat
 
-MAX_REMEMBERED_MODELS = 1000
-"""As many as devices remember to have contributed to."""
-
-
-class _Rounds(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    last: Count = 0
-    uploads: dict[str, Count] = msgspec.field(default_factory=dict)
-
-
-class RoundCounter:
-    """Round numbers and revisions, over all runs of a fleet: what its devices hold us to.
-
-    A device joins no round up to the last one it joined, and contributes to the same model again
-    only under a higher revision. So numbers only ever grow, and the revision of a model whose
-    uploads began is used up, however its round ended and whichever run it was of.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def next(self) -> int:
-        """A number never given before, made durable before it is used. Raises StorageError."""
-        rounds = self._read()
-        rounds.last += 1
-        self._write(rounds)
-        return rounds.last
-
-    def revision(self, model: bytes) -> int:
-        """Under which revision this model may be called. model: its hash. Raises StorageError."""
-        used = self._read().uploads.get(model.hex())
-        return 0 if used is None else used + 1
-
-    def uploads_begin(self, model: bytes, revision: int) -> None:
-        """Durable when this returns: from now on devices may contribute. Raises StorageError."""
-        rounds = self._read()
-        uploads, name = rounds.uploads, model.hex()
-        used = max(revision, uploads.pop(name, 0))
-        kept = list(uploads.items())[-(MAX_REMEMBERED_MODELS - 1) :]
-        rounds.uploads = dict(kept) | {name: used}
-        self._write(rounds)
-
-    def _read(self) -> _Rounds:
-        try:
-            return msgspec.json.decode(self._path.read_bytes(), type=_Rounds)
-        except FileNotFoundError:
-            return _Rounds()
-        except OSError as error:
-            raise storage_error("read", self._path, error) from error
-        except UNREADABLE as error:
-            raise StorageError(
-                f'{self._path} is damaged ({error}); write {{"last": N}} into it, N a number no '
-                "lower than that of the last round, which `covey-device check` tells on a device"
-            ) from error
-
-    def _write(self, rounds: _Rounds) -> None:
-        write_atomic(self._path, msgspec.json.encode(rounds))
+PARAMETERS = "parameters.bin"
+MODEL = "model.onnx"
+_OF_A_NEW_RUN = {"run.toml", "signatures", ".run.toml.new"}
 
 
 class RunDirectory:
-    """One run on disk."""
+    """One run: its files, and its state in the fleet's database. Its name is the directory's."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, store: Store) -> None:
         self.path = path
         self.name = path.name
+        self.store = store
 
     @classmethod
     def create(
@@ -122,34 +70,37 @@ class RunDirectory:
         path: Path,
         run_toml: bytes,
         run_id: bytes,
+        store: Store,
         signatures: Mapping[str, bytes] | None = None,
+        *,
+        created_unix: float = 0.0,
     ) -> "RunDirectory":
         """Queue a run. signatures: its plan's, by file name.
 
         Raises StorageError, ConfigError if there is one of that name.
         """
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            raise ConfigError(
-                f"there is a run {path.name!r} already; choose another name"
-            ) from None
-        except OSError as error:
-            raise storage_error("make", path, error) from error
-        run = cls(path)
-        try:
-            write_atomic(path / "run.toml", run_toml)
-            if signatures:
-                run.signatures.mkdir()
-                for name, envelope in signatures.items():
-                    write_atomic(run.signatures / name, envelope)
-            run.save_state(RunState(run_id=run_id.hex()))  # last: what has a state is complete
-        except StorageError:
-            shutil.rmtree(path, ignore_errors=True)  # or its name would be taken
-            raise
-        except OSError as error:
-            shutil.rmtree(path, ignore_errors=True)
-            raise storage_error("make", path, error) from error
+        taken = ConfigError(f"there is a run {path.name!r} already; choose another name")
+        with _held(path.parent):
+            if store.has_run(path.name):
+                raise taken
+            _clear_left_over(path)
+            run = cls(path, store)
+            try:
+                path.mkdir()
+                write_atomic(path / "run.toml", run_toml)
+                if signatures:
+                    run.signatures.mkdir()
+                    for name, envelope in signatures.items():
+                        write_atomic(run.signatures / name, envelope)
+                sync_directory(path.parent)
+                # Last: what is in the database is complete.
+                store.add_run(path.name, run_id, created_unix)
+            except StorageError:
+                shutil.rmtree(path, ignore_errors=True)
+                raise
+            except OSError as error:
+                shutil.rmtree(path, ignore_errors=True)
+                raise storage_error("make", path, error) from error
         return run
 
     @property
@@ -167,100 +118,138 @@ class RunDirectory:
         """One JSON object a line, one line a round."""
         return self.path / "metrics.jsonl"
 
+    def round(self, index: int) -> Path:
+        """Where a round's own files are. index: its number within the run."""
+        return self.path / "rounds" / f"{index:05}"
+
+    # -- its state --------------------------------------------------------------------------------
+
     def state(self) -> RunState:
-        """Where it stands. Raises StorageError."""
-        path = self.path / "state.json"
-        try:
-            return msgspec.json.decode(path.read_bytes(), type=RunState)
-        except OSError as error:
-            raise storage_error("read", path, error) from error
-        except UNREADABLE as error:
-            raise StorageError(
-                f"{path} is damaged ({error}); restore it, or remove the run and queue it anew"
-            ) from error
+        """Where it stands. Raises StorageError, ConfigError if the database does not know it."""
+        return self.store.run(self.name)
 
     def save_state(self, state: RunState) -> None:
         """Durable when this returns. Raises StorageError."""
-        write_atomic(self.path / "state.json", msgspec.json.encode(state))
+        self.store.save_run(self.name, state)
+
+    def finish_round(self, state: RunState) -> None:
+        """The end of a round whose model is staged. Raises StorageError."""
+        self.store.finish_round(self.name, state)
+
+    # -- models -----------------------------------------------------------------------------------
 
     def parameters(self, state: RunState, n_params: int) -> Flat | None:
         """The current model; None before the first completed round. Raises StorageError."""
         if not state.model:
             return None
-        for name in ("parameters.bin", "next.bin"):
-            with contextlib.suppress(FileNotFoundError):
-                data = self._read(name)
-                if hashlib.sha256(data).hexdigest() == state.model and len(data) == 4 * n_params:
-                    return np.frombuffer(data, "<f4").astype(np.float32)
+        for path in (self.round(state.model_index) / PARAMETERS, self.path / PARAMETERS):
+            data = _content(path)
+            if data is not None and _is(data, state.model) and len(data) == 4 * n_params:
+                return np.frombuffer(data, "<f4").astype(np.float32)
         raise StorageError(
-            f"{self.path / 'parameters.bin'} is not the model that state.json names; restore both, "
+            f"{self.path / PARAMETERS} is not the model that {self.store.place} names; restore both, "
             "or queue the run anew"
         )
 
     def stage_model(self, index: int, parameters: Flat, model: bytes) -> None:
-        """A completed round's model, before `save_state` names it. Raises StorageError."""
-        directory = self.path / "rounds" / f"{index:05}"
+        """A completed round's model, before `finish_round` names it. Raises StorageError."""
+        directory = self.round(index)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             sync_directory(directory.parent)
         except OSError as error:
             raise storage_error("make", directory, error) from error
-        write_atomic(directory / "model.onnx", model)
-        write_atomic(self.path / "next.bin", parameters.astype("<f4").tobytes())
+        write_atomic(directory / MODEL, model)
+        write_atomic(directory / PARAMETERS, parameters.astype("<f4").tobytes())
 
-    def settle(self, state: RunState) -> None:
-        """Bring the other files to what the saved state says. Raises StorageError, and can be
-        called again."""
-        fresh = self.path / "next.bin"
+    def staged(self) -> dict[int, Path]:
+        """Rounds whose model is here: index -> its parameters. Raises StorageError."""
         try:
-            if fresh.exists() and hashlib.sha256(self._read("next.bin")).hexdigest() == state.model:
-                self._release(self.path / "rounds" / f"{state.model_index:05}" / "model.onnx")
-                fresh.replace(self.path / "parameters.bin")
-            fresh.unlink(missing_ok=True)
-            sync_directory(self.path)
+            found = list((self.path / "rounds").glob(f"*/{PARAMETERS}"))
         except OSError as error:
-            raise storage_error("write", self.path / "parameters.bin", error) from error
-        if state.last is not None and self._last_index() != state.rounds_done:
-            append_line(self.metrics, msgspec.json.encode(state.last))
+            raise storage_error("read", self.path / "rounds", error) from error
+        return {int(path.parent.name): path for path in found if path.parent.name.isdecimal()}
 
-    def _release(self, model: Path) -> None:
-        """model.onnx is another name of the round's file, where the file system has such a thing."""
-        name = self.path / ".model.onnx.new"
-        name.unlink(missing_ok=True)
-        try:
-            os.link(model, name)
-        except OSError:
-            write_atomic(self.path / "model.onnx", model.read_bytes())
-        else:
-            name.replace(self.path / "model.onnx")
+    def drop_models(self, indices: Iterable[int]) -> None:
+        """Remove rounds' models; their transcripts stay. Raises StorageError."""
+        for index in indices:
+            directory = self.round(index)
+            try:
+                for name in (MODEL, PARAMETERS):
+                    (directory / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    directory.rmdir()  # if there is nothing else in it
+            except OSError as error:
+                raise storage_error("remove", directory, error) from error
 
-    def _last_index(self) -> int | None:
-        try:
-            line = msgspec.json.decode(last_line(self.metrics), type=dict[str, Any])
-        except UNREADABLE:
-            return None
-        index = line.get("index")
-        return index if isinstance(index, int) else None
+    # -- after a round ----------------------------------------------------------------------------
 
-    def _read(self, name: str) -> bytes:
-        path = self.path / name
+    def settle(self, state: RunState, *, whole: bool = False) -> None:
+        """Bring the other files to what the database says. whole: look at every line of metrics, not
+        at the last one. Raises StorageError, and can be called again."""
+        self._settle_model(state)
+        lines = _lines(self.store.rounds(self.name)) if whole else None
+        if lines is None:
+            last = b"" if state.last is None else msgspec.json.encode(state.last)
+            present = self._last_line()
+            if present == last:
+                return
+            if last and _index(present) == state.rounds_done - 1:
+                append_line(self.metrics, last)
+                return
+            lines = _lines(self.store.rounds(self.name))
+        if (_content(self.metrics) or b"") != lines:
+            write_atomic(self.metrics, lines)
+
+    def _settle_model(self, state: RunState) -> None:
+        """parameters.bin and model.onnx are other names of the round's files, where the file system
+        has such a thing."""
+        if not state.model:
+            return
+        staged = self.round(state.model_index)
         try:
-            return path.read_bytes()
+            for name in (MODEL, PARAMETERS):
+                self._release(staged / name, self.path / name)
+            sync_directory(self.path)
+        except FileNotFoundError:
+            # A backup without its rounds, or somebody made room: what is here may be right as it is.
+            if _is(_content(self.path / PARAMETERS) or b"", state.model):
+                return
+            raise StorageError(
+                f"{staged} lacks the model that {self.store.place} names; restore both, or queue the "
+                "run anew"
+            ) from None
+        except OSError as error:
+            raise storage_error("write", self.path / PARAMETERS, error) from error
+
+    def _release(self, staged: Path, to: Path) -> None:
+        """Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            if to.samefile(staged):
+                return
+        fresh = to.with_name(f".{to.name}.new")
+        fresh.unlink(missing_ok=True)
+        try:
+            os.link(staged, fresh)
         except FileNotFoundError:
             raise
-        except OSError as error:
-            raise storage_error("read", path, error) from error
+        except OSError:
+            data = staged.read_bytes()
+            if _content(to) != data:
+                write_atomic(to, data)
+        else:
+            fresh.replace(to)
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """All complete lines so far. Raises StorageError."""
+    def _last_line(self) -> bytes:
         try:
-            lines = self.metrics.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return []
+            return last_line(self.metrics)
         except OSError as error:
             raise storage_error("read", self.metrics, error) from error
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All complete lines of metrics.jsonl. Raises StorageError."""
         kept = []
-        for line in lines:
+        for line in (_content(self.metrics) or b"").split(b"\n"):
             with contextlib.suppress(*UNREADABLE):  # empty, or cut off by a crash
                 kept.append(msgspec.json.decode(line, type=dict[str, Any]))
         return kept
@@ -275,3 +264,61 @@ class RunDirectory:
             return msgspec.json.decode((self.path / "progress.json").read_bytes(), type=Progress)
         except (OSError, *UNREADABLE):
             return None
+
+
+@contextlib.contextmanager
+def _held(runs: Path) -> Iterator[None]:
+    """The directory of all runs, made if it is not there, with no other process queueing one."""
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        fd = os.open(runs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise storage_error("make", runs, error) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _clear_left_over(path: Path) -> None:
+    """Remove what a `covey run` left that died before it had queued its run, and nothing else."""
+    try:
+        names = {entry.name for entry in path.iterdir()}
+        if names <= _OF_A_NEW_RUN:
+            shutil.rmtree(path)
+            return
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise storage_error("read", path, error) from error
+    raise ConfigError(
+        f"{path} holds files of a run that the database does not know; choose another name, or move "
+        "it away"
+    )
+
+
+def _content(path: Path) -> bytes | None:
+    """Of a file; None if there is none. Raises StorageError."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise storage_error("read", path, error) from error
+
+
+def _is(data: bytes, digest: str) -> bool:
+    return hashlib.sha256(data).hexdigest() == digest
+
+
+def _lines(rounds: list[dict[str, Any]]) -> bytes:
+    return b"".join(msgspec.json.encode(line) + b"\n" for line in rounds)
+
+
+def _index(line: bytes) -> int | None:
+    try:
+        index = msgspec.json.decode(line, type=dict[str, Any]).get("index")
+    except UNREADABLE:
+        return 0 if not line else None
+    return index if isinstance(index, int) else None

@@ -41,6 +41,8 @@ def translated(path: Path) -> Iterator[None]:
         raise _refusal(path, error) from error
     except OSError as error:
         raise storage_error("use", path, error) from error
+    except UnicodeDecodeError as error:
+        raise damaged(path, error) from error
     except SQLAlchemyError as error:
         raise StorageError(f"cannot use {path}: {error}; {_RESTORE}") from error
 
