@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import covey_coordinator.blobs
+import covey_coordinator.round_play
 import covey_coordinator.service
 import covey_device.blobs
 from covey_coordinator.config import CohortConfig, DeadlinesConfig, RunConfig, WorkConfig
@@ -26,7 +27,7 @@ from covey_coordinator.plans.bundle import PlanBundle, load_bundle
 from covey_coordinator.round import Completed, Moved
 from covey_coordinator.run import HeldOut, RoundOutcome, Run
 from covey_coordinator.service import CoordinatorService
-from covey_coordinator.store import Progress, RoundCounter, RunDirectory, RunState
+from covey_coordinator.store import FILE, Progress, RunDirectory, RunState, Store
 from covey_device.audit import Audit, AuditLog
 from covey_device.keystore import MemoryFile
 from covey_device.policy import Policy
@@ -69,7 +70,7 @@ def short(**changes: float) -> DeadlinesConfig:
 
 def hasten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is waited for longer than it takes in memory."""
-    monkeypatch.setattr(covey_coordinator.service, "TICK_S", 0.05)
+    monkeypatch.setattr(covey_coordinator.round_play, "TICK_S", 0.05)
     monkeypatch.setattr(covey_coordinator.service, "RETRY_STORAGE_S", 0.05)
     monkeypatch.setattr(covey_coordinator.blobs, "GATHER_S", 0.02)
     monkeypatch.setattr(covey_device.blobs, "PATIENCE_S", 0.3)
@@ -158,12 +159,13 @@ class Fleet:
 
     def make_coordinator(self) -> CoordinatorService:
         """A new process, as it were; not started."""
+        self.directory.mkdir(parents=True, exist_ok=True)
         self.transport = self.network.client(f"coordinator-{len(self.network.log)}")
         return CoordinatorService(
             self.trust,
             self.key,
             self.transport,
-            RoundCounter(self.directory / "rounds"),
+            Store.open(self.directory / FILE),
             observer=self._observe,
         )
 
@@ -205,6 +207,7 @@ class Fleet:
             memory.load(),
             os.urandom,
             witness,
+            unfinished=memory.unfinished(self.trust, seat.identity.public, seat.name),
         )
         seat.transport = self.network.client(
             seat.name, Will(self.topics.presence(seat.name), OFFLINE)
@@ -230,9 +233,11 @@ class Fleet:
 
     def run(self, settings: RunConfig | None = None, name: str = "run") -> Run:
         """The run of that name, made if there is none yet."""
-        path = self.directory / "runs" / name
+        path, store = self.directory / "runs" / name, self.coordinator.store
         directory = (
-            RunDirectory(path) if path.exists() else RunDirectory.create(path, b"", os.urandom(16))
+            RunDirectory(path, store)
+            if store.has_run(name)
+            else RunDirectory.create(path, b"", os.urandom(16), store)
         )
         return Run(directory, settings or config(n=self.n), self.bundle, held_out=self.held_out)
 

@@ -119,7 +119,7 @@ def told(lab: Lab, before: Callable[[Play], None] = lambda play: None, round_id:
     lab.model = digest_of(model)
     play = lab.round(lab.spec(round_id))
     messages: list[Signed[Any]] = []
-    play.machine._record = messages.append
+    play.machine._record = lambda e: messages.append(e) if isinstance(e, Signed) else None
     before(play)
     play.run()
     about = About(

@@ -2,16 +2,18 @@
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from covey_coordinator.files import sync_directory
 from covey_coordinator.spool import FileSink
 from covey_shared import chunks
 from covey_shared.chunks import Assembly, Blob, BlobDigest, Chunk
-from covey_shared.errors import MalformedError, StorageError
+from covey_shared.errors import LocalProtocolError, MalformedError, StorageError
 from covey_shared.messages import MAX_RANGES, DeviceId
 from covey_shared.mqtt import publish_all
 from covey_shared.topics import Topics
@@ -35,6 +37,9 @@ MAX_EARLY_PER_DEVICE = 32
 
 # How often a device's upload may turn out not to be what it announced.
 MAX_RESETS = 2
+
+# How often what has come of a long upload is made safe: more often wears cards out.
+CHECKPOINT_S = 5.0
 
 
 class BlobServer:
@@ -87,7 +92,10 @@ class _Upload:
     sink: FileSink
     h: bytes
     last_progress: float
+    saved_at: float
+    n_saved: int = 0
     resets: int = 0
+    taken: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +112,7 @@ class Missing:
 class UploadDesk:
     """Masked updates on their way in, each in its spool file, bounded by what was announced.
 
+    They stay there until the round's end, as its sum may have to be made anew by another process.
     patience_s: how long an upload may stand still before its missing chunks are asked for.
     """
 
@@ -112,51 +121,97 @@ class UploadDesk:
     problem: str | None = None
     _uploads: dict[DeviceId, _Upload] = field(default_factory=dict)
     _early: dict[DeviceId, list[Chunk]] = field(default_factory=dict)
+    _received: dict[str, bytes] = field(default_factory=dict)
+    _added: frozenset[DeviceId] = frozenset()
     _shut: bool = False
 
     def open(self) -> None:
         """Start a round with an empty spool. Raises StorageError."""
-        self.close()
+        self._begin()
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self._make()
+
+    def reopen(self, received: Mapping[str, bytes], added: Iterable[DeviceId]) -> None:
+        """Go on with a round that another process left. received: what it had saved of chunks (see
+        `checkpoint`). added: devices whose update is in the sum. Raises StorageError."""
+        self._begin()
+        self._received, self._added = dict(received), frozenset(added)
+        self._make()
+
+    def _begin(self) -> None:
+        self.leave()
         self.problem, self._shut = None, False
+        self._received, self._added = {}, frozenset()
+
+    def _make(self) -> None:
         try:
-            shutil.rmtree(self.directory, ignore_errors=True)
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            sync_directory(self.directory.parent)
         except OSError as error:
             raise StorageError(
                 f"cannot make the spool {self.directory}: {error.strerror}; free some space"
             ) from error
 
-    def close(self) -> None:
-        """Drop everything."""
+    def leave(self) -> None:
+        """Let go of everything; the files stay, for who goes on with the round."""
         for upload in self._uploads.values():
-            try:
-                upload.sink.remove()
-            except StorageError as error:
-                log.error("%s", error)
+            upload.sink.close()
         self._uploads.clear()
         self._early.clear()
 
-    def shut(self) -> None:
-        """No update counts from now on: drop those that came too late, and all that still come.
+    def close(self) -> None:
+        """The round is over: drop everything."""
+        self._drop(set(self._uploads))
+        self._early.clear()
+
+    def shut(self, kept: Collection[DeviceId]) -> None:
+        """No other update than these counts from now on: drop those that came too late, and all that
+        still come.
 
         The members reveal the keys of their pair masks, so nothing of them is to lie about.
         """
-        self.close()
+        self._drop(set(self._uploads) - set(kept))
+        self._early.clear()
         self._shut = True
+
+    def _drop(self, devices: Iterable[DeviceId]) -> None:
+        for device in devices:
+            try:
+                self._uploads.pop(device).sink.remove()
+            except StorageError as error:
+                log.error("%s", error)
+
+    def path(self, device: DeviceId) -> Path:
+        """Where a device's update lies."""
+        return self.directory / device
 
     def expect(self, device: DeviceId, h: bytes, payload: bytes, size: int, now: float) -> bool:
         """A device announced its update. True if it is already complete: its chunks
         may have come before."""
         if device in self._uploads or self._shut:
             return False
-        sink = FileSink(self.directory / device, size)
-        assembly = Assembly(BlobDigest(payload), size, sink)
-        self._uploads[device] = _Upload(assembly, sink, h, now)
-        complete = False
+        sink = FileSink(self.path(device), size)
+        if device in self._added:
+            self._uploads[device] = _Upload(_added(payload, size, sink), sink, h, now, now)
+            self._uploads[device].taken = True
+            return False
+        assembly = self._resumed(device, payload, size, sink)
+        self._uploads[device] = _Upload(assembly, sink, h, now, now, assembly.n_received)
+        complete = assembly.complete
         for chunk in self._early.pop(device, ()):
             with contextlib.suppress(MalformedError):  # of something else than was announced
                 complete = self._add(device, chunk, now) or complete
         return complete
+
+    def _resumed(self, device: DeviceId, payload: bytes, size: int, sink: FileSink) -> Assembly:
+        """An assembly of what has come already, if another process left something."""
+        received = self._received.pop(device, None)
+        with contextlib.suppress(OSError, LocalProtocolError):
+            if received is not None and sink.path.stat().st_size == size:
+                return Assembly(BlobDigest(payload), size, sink, received=received)
+        with contextlib.suppress(StorageError):  # then writing into it will say so
+            sink.remove()
+        return Assembly(BlobDigest(payload), size, sink)
 
     def feed(self, device: DeviceId, frame: bytes, now: float) -> bool:
         """One frame of a device's upload; True when the upload is complete.
@@ -193,8 +248,8 @@ class UploadDesk:
             upload.last_progress = now
         return complete
 
-    def take(self, device: DeviceId, keep: Path | None = None) -> bytes:
-        """The complete upload, its digest checked; its file is deleted, or moved to `keep`.
+    def take(self, device: DeviceId) -> bytes:
+        """The complete upload, its digest checked, and safe on the disk.
 
         Raises MalformedError if the bytes are not those that were announced, StorageError if they
         cannot be read back; either way it then starts over.
@@ -202,6 +257,7 @@ class UploadDesk:
         upload = self._uploads[device]
         try:
             upload.assembly.verify()
+            upload.sink.sync()
             data = upload.sink.read(0, upload.assembly.size)
         except MalformedError:
             upload.assembly.reset()
@@ -211,19 +267,47 @@ class UploadDesk:
             upload.assembly.reset()
             self.problem = str(error)
             raise
-        if keep is not None:
-            with contextlib.suppress(OSError):
-                upload.sink.close()
-                upload.sink.path.replace(keep)
-        with contextlib.suppress(StorageError):  # `open` clears the directory
-            upload.sink.remove()
+        upload.taken = True
+        upload.sink.close()
         return data
+
+    def whole(self, device: DeviceId, payload: bytes, size: int) -> bytes:
+        """An update that was added by another process, its digest checked.
+
+        Raises MalformedError if it is not the one that was announced, StorageError if it is gone.
+        """
+        path = self.path(device)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise StorageError(f"cannot read {path}: {error.strerror}") from error
+        if len(data) != size or hashlib.sha256(data).digest() != payload:
+            raise MalformedError(f"{path} is not the update that {device} announced")
+        return data
+
+    def unsaved(self, now: float) -> list[tuple[DeviceId, FileSink, bytes]]:
+        """Long uploads that have come further since: device, file, chunks in it so far. `sync` the
+        file, and only then write down the chunks."""
+        found = []
+        for device, upload in self._uploads.items():
+            assembly = upload.assembly
+            if upload.taken or now - upload.saved_at < CHECKPOINT_S:
+                continue
+            upload.saved_at = now
+            if assembly.n_received != upload.n_saved:
+                upload.n_saved = assembly.n_received
+                found.append((device, upload.sink, assembly.received))
+        return found
 
     def stalled(self, now: float) -> list[Missing]:
         """Uploads that stand still, and what they lack."""
         missing = []
         for device, upload in self._uploads.items():
-            if upload.assembly.complete or now - upload.last_progress < self.patience_s:
+            if (
+                upload.taken
+                or upload.assembly.complete
+                or now - upload.last_progress < self.patience_s
+            ):
                 continue
             if upload.resets > MAX_RESETS:
                 continue  # it keeps sending bytes that are not what it signed
@@ -231,3 +315,10 @@ class UploadDesk:
             ranges = upload.assembly.missing(MAX_RANGES)
             missing.append(Missing(device, upload.h, upload.assembly.digest, ranges))
         return missing
+
+
+def _added(payload: bytes, size: int, sink: FileSink) -> Assembly:
+    """Complete: its bytes were checked when it was added to the sum."""
+    n = chunks.n_chunks(size)
+    bitmap = ((1 << n) - 1).to_bytes(-(-n // 8), "little")
+    return Assembly(BlobDigest(payload), size, sink, received=bitmap)

@@ -7,6 +7,9 @@ import enum
 import math
 from dataclasses import dataclass, field
 
+import msgspec
+
+from covey_shared.errors import ConfigError
 from covey_shared.fixedpoint import Encoding
 from covey_shared.masking import Ring
 from covey_shared.messages import MAX_COHORT, DeviceId, Message, RoundCall, Work
@@ -76,6 +79,19 @@ class RoundSpec:
         return min(
             MAX_COHORT, max(self.call.n_min, math.ceil(self.goal * (1 + self.over_selection)))
         )
+
+
+def encode_spec(spec: RoundSpec) -> bytes:
+    """For the store: a round goes on with what it was opened with, whatever its run's files say."""
+    return msgspec.msgpack.encode(spec)
+
+
+def decode_spec(data: bytes) -> RoundSpec:
+    """Raises ConfigError for one that another version of covey wrote, or a damaged one."""
+    try:
+        return msgspec.msgpack.decode(data, type=RoundSpec)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"the open round's settings cannot be read: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

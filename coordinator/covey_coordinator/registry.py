@@ -27,22 +27,44 @@ class Registry:
     revoked: frozenset[bytes] = frozenset()
     closed: bool = False
     _present: set[DeviceId] = field(default_factory=set)
+    _gone: set[DeviceId] = field(default_factory=set)
+    _doubted: set[DeviceId] = field(default_factory=set)
     _kept_out: dict[DeviceId, tuple[int, str]] = field(default_factory=dict)
     faults: Counter[DeviceId] = field(default_factory=Counter)
 
     def presence(self, device: DeviceId, online: bool) -> bool:
         """A device came or went. False if that is no news, if it is revoked, or if there are too many
         to remember."""
+        self._doubted.discard(device)
+        if not online and len(self._gone) < MAX_PRESENT:
+            self._gone.add(device)
         if online == (device in self._present) or (online and len(self._present) >= MAX_PRESENT):
             return False
+        if online:
+            self._gone.discard(device)
         (self._present.add if online else self._present.discard)(device)
         return not self._shut_out(device)
+
+    def doubt(self) -> None:
+        """The broker was away, and may have forgotten who was there: all are to be heard of again."""
+        self._doubted = set(self._present)
+
+    def settle(self) -> frozenset[DeviceId]:
+        """Doubt no longer: who was not heard of since is not there -> who that is."""
+        lost, self._doubted = frozenset(self._doubted), set()
+        self._present -= lost
+        return lost
 
     @property
     def present(self) -> frozenset[DeviceId]:
         """Devices online as far as the broker knows, without those that are revoked: the broker lets
         none of them say that it has gone, and a round would wait for each."""
         return frozenset(device for device in self._present if not self._shut_out(device))
+
+    @property
+    def gone(self) -> frozenset[DeviceId]:
+        """Devices that the broker says are offline. Of others nothing is known."""
+        return frozenset(self._gone)
 
     def _shut_out(self, device: DeviceId) -> bool:
         return self.identities.get(device) in self.revoked

@@ -173,6 +173,7 @@ class Round:
         if replayed != kept:
             raise JournalError("the journal leads to other messages than it has")
         self._present |= self._awaited_names() | set(self._check_ins)
+        self._heard = now
         if self.over:
             return actions
         return [*actions, Moved(self.phase, "taken up again"), *self._repeats()]
@@ -232,6 +233,10 @@ class Round:
     def sent(self, now: float) -> None:
         """What opened the phase has gone out: only now can anybody answer, and the waiting begins."""
         self._entered = self._last_sent = now
+
+    def repeat_soon(self, now: float) -> None:
+        """The network lost what was on its way: repeat what stands in a second, for most to be back."""
+        self._last_sent = min(self._last_sent, now + 1.0 - self.spec.resend_s)
 
     def receive(self, data: bytes, sender: DeviceId, now: float, now_unix: int) -> list[Action]:
         """One message from a device's outbox. sender: the topic's device, which must match.

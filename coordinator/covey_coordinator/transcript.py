@@ -5,7 +5,7 @@ Of a run's directory, these files are written here::
     rounds/00007/transcript        the round's transcript (see `covey_shared.transcript`)
     rounds/00007/model-before.bin  the model that round 7 began with, while its payloads are kept
     rounds/00007/.transcript.part  the transcript of a round that still runs
-    spool/.kept/DEVICE             a masked update that is in the open round's sum
+    spool/DEVICE                   a masked update on its way in, which may go into it
 
 A transcript never costs a round: what cannot be written is given up, with a word in the log and in
 the run's state, and the space it took is given back first of all when a disk is full.
@@ -53,6 +53,7 @@ from covey_shared.transcript import (
     Payload,
     Reader,
     check_seal,
+    parsed,
     thinned,
 )
 from covey_shared.wire import Signed
@@ -62,8 +63,6 @@ log = logging.getLogger("covey.coordinator")
 FILE = "transcript"
 PART = ".transcript.part"
 MODEL_BEFORE = "model-before.bin"
-KEPT = ".kept"  # no device has a dot in its name
-
 RESERVE_BYTES = 64 * 10**6
 """Space that is left to the rounds themselves: below it no masked updates are kept."""
 
@@ -74,13 +73,13 @@ MAX_REMARKS = 512
 class RoundScribe:
     """One round's transcript, while the round runs. Its methods never raise.
 
-    part: where it grows; None: no transcript is kept. kept: the directory for masked updates that
-    may go into it; None: none will.
+    part: where it grows; None: no transcript is kept. spool: the directory of the masked updates that
+    go into it; None: none will.
     """
 
-    def __init__(self, part: Path | None, kept: Path | None, key: keys.SigningKey) -> None:
+    def __init__(self, part: Path | None, spool: Path | None, key: keys.SigningKey) -> None:
         self._part = part
-        self._kept = kept
+        self._spool = spool
         self._key = key
         self._encoder = Encoder()
         self._file: FileIO | None = None
@@ -121,60 +120,48 @@ class RoundScribe:
         self._remarks += 1
         return self._remarks <= MAX_REMARKS
 
-    def place_for(self, device: DeviceId) -> Path | None:
-        """Where to leave a masked update that is about to be added; None: it need not be kept."""
-        with self._lock:
-            kept = self._kept
-            if kept is None or self._file is None:
-                return None
-            with contextlib.suppress(OSError):
-                kept.mkdir(mode=0o700, exist_ok=True)
-                if shutil.disk_usage(kept).free > RESERVE_BYTES:
-                    return kept / device
-            log.warning("the disk is nearly full: the transcript goes without masked updates")
-            self._forget_payloads()
-            return None
-
-    def drop(self, device: DeviceId) -> None:
-        """A masked update that was not added after all."""
-        kept = self._kept
-        if kept is not None:
-            with contextlib.suppress(OSError):
-                (kept / device).unlink(missing_ok=True)
-
     def completed(
         self, cohort: Cohort, completed: Completed, reveal_secret: bytes, model: bytes
     ) -> None:
-        """The round has its result, which was written down. model: the one that it began with."""
+        """The round has its result, which is not said yet. model: the one that it began with."""
         with self._lock, self._trying():
             if self._file is None or self._part is None:
                 return
             places = {cohort.index_of(device): device for device in completed.survivors}
-            kept = self._kept
-            full = kept is not None and all((kept / d).exists() for d in places.values())
-            if kept is not None and full:
-                write_atomic(self._part.with_name(MODEL_BEFORE), model, mode=0o600, durable=False)
+            spool = self._with_payloads(completed)
+            if spool is not None:
+                write_atomic(self._part.with_name(MODEL_BEFORE), model, mode=0o600)
             self._append(self._encoder.record(Kind.KEY, reveal_secret))
             for index, device in sorted(places.items()):
                 digest = self._announced[device]
-                if kept is not None and full:
-                    self._append_payload(index, kept / device, digest)
+                if spool is not None:
+                    self._append_payload(index, spool / device, digest)
                 else:
                     self._append(self._encoder.record(Kind.THINNED, bytes((index,)) + digest))
             self._end(Ending("completed", ""))
 
-    def ended(self, reason: str, *, interrupted: bool = False) -> None:
+    def _with_payloads(self, completed: Completed) -> Path | None:
+        """The spool, if all masked updates are there and there is room for them twice: should we die now,
+        the next process makes the sum anew."""
+        spool = self._spool
+        if spool is None or not all((spool / d).exists() for d in completed.survivors):
+            return None
+        size = sum((spool / d).stat().st_size for d in completed.survivors)
+        if shutil.disk_usage(spool).free <= RESERVE_BYTES + size:
+            log.warning("the disk is nearly full: the transcript goes without masked updates")
+            return None
+        return spool
+
+    def ended(self, reason: str) -> None:
         """The round ended without a result: none of its masked updates is kept."""
         with self._lock, self._trying():
-            self._forget_payloads()
             if self._file is not None:
                 text = for_display(reason)[:MAX_REASON_CHARS]
-                self._end(Ending("interrupted" if interrupted else "abandoned", text))
+                self._end(Ending("abandoned", text))
 
     def give_up(self, why: str) -> None:
         """The round needs the space, or the disk fails: no transcript of it."""
         with self._lock:
-            self._forget_payloads()
             if self._part is None or self._file is None:
                 return
             self._close()
@@ -185,9 +172,9 @@ class RoundScribe:
                     path.unlink(missing_ok=True)
 
     def leave(self) -> None:
-        """Close the file as it is, if it is open; `Scribe.recover` brings it to an end."""
+        """Close the file as it is, if it is open; who takes the round up again writes it anew, and
+        `Scribe.recover` brings it to an end if nobody does."""
         with self._lock:
-            self._forget_payloads()
             self._close()
 
     @contextlib.contextmanager
@@ -205,13 +192,12 @@ class RoundScribe:
             write_all(self._file, data)
 
     def _append_payload(self, index: int, path: Path, digest: bytes) -> None:
-        """From its file, which goes at once: of all payloads together one is there twice."""
+        """From its file, which stays until the round is closed."""
         with path.open("rb") as payload:
             size = os.fstat(payload.fileno()).st_size
             self._append(self._encoder.payload(index, size, digest))
             while chunk := payload.read(CHUNK_BYTES):
                 self._append(chunk)
-        path.unlink()
 
     def _end(self, ending: Ending) -> None:
         if self._file is None or self._part is None:
@@ -220,12 +206,6 @@ class RoundScribe:
         os.fsync(self._file.fileno())
         self._close()
         _put_in_place(self._part)
-        self._forget_payloads()
-
-    def _forget_payloads(self) -> None:
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            shutil.rmtree(kept, ignore_errors=True)
 
     def _close(self) -> None:
         file, self._file = self._file, None
@@ -250,8 +230,8 @@ class Scribe:
         """Begin the transcript of a round. index: its number within the run."""
         keep = self._settings.keep
         part = None if keep == "off" else self._run.path / "rounds" / f"{index:05}" / PART
-        kept = self._run.spool / KEPT if keep == "full" else None
-        scribe = self._open = RoundScribe(part, kept, self._key)
+        spool = self._run.spool if keep == "full" else None
+        scribe = self._open = RoundScribe(part, spool, self._key)
         scribe.open(
             About(
                 fleet=call.fleet,
@@ -266,10 +246,12 @@ class Scribe:
         )
         return scribe
 
-    def recover(self) -> None:
-        """Bring transcripts to an end whose rounds the coordinator did not see to theirs."""
-        shutil.rmtree(self._run.spool / KEPT, ignore_errors=True)
+    def recover(self, but: int | None = None) -> None:
+        """Bring transcripts to an end whose rounds the coordinator did not see to theirs. but: the
+        number within the run of one that is taken up again."""
         for part in sorted((self._run.path / "rounds").glob(f"*/{PART}")):
+            if but is not None and part.parent.name == f"{but:05}":
+                continue
             try:
                 _recover(part, self._key)
             except (OSError, CoveyError) as error:
@@ -374,14 +356,25 @@ def _is_sealed(part: Path, key: keys.SigningKey) -> bool:
 
 
 def _put_in_place(part: Path) -> None:
-    """An interrupted round's number is given again: its transcript is kept beside the new one."""
+    """A number within a run is given again after a round was interrupted or rolled back: that round's
+    transcript is kept beside the new one. One of the same round is the same, from before a death."""
     path, number = part.with_name(FILE), 1
-    if path.exists():
+    if path.exists() and _round_of(path) != _round_of(part):
         while (older := part.with_name(f"{FILE}-{number}")).exists():
             number += 1
         path.rename(older)
     part.replace(path)
     sync_directory(part.parent)
+
+
+def _round_of(path: Path) -> int | None:
+    """Which round a transcript is of; None if it does not say."""
+    with contextlib.suppress(RemoteProtocolError), path.open("rb") as file:
+        for record in Reader(file.read):
+            if not isinstance(record, Payload) and record.kind is Kind.ABOUT:
+                return parsed(About, record.body).round
+            break
+    return None
 
 
 def _size(directory: Path) -> int:

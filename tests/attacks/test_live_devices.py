@@ -172,7 +172,7 @@ def test_a_member_reveals_wrongly(lie, stage, outcome):
             assert state.rounds_completed == 1, fleet.outcomes[0].reason
             assert fleet.honest_sum_is_right(1)
             assert set(faults(fleet)) == {EVIL}
-            machine = fleet.coordinator._last_round
+            machine = fleet.coordinator._play.machine
             assert machine._aggregator.liars == {EVIL}
             # Even with the coordinator's key beside its own: the share of s it gave away is one of t.
             assert await tap.hidden(fleet, [*rogue.keys, machine._reveal_key], accomplices=1) == 4
@@ -200,7 +200,7 @@ def test_a_device_deals_bad_shares(lie, stage, outcome):
             assert fleet.honest_sum_is_right(2)
             assert set(faults(fleet)) == {EVIL}
             n = 8 if lie == "other-shares" else 4
-            machine = fleet.coordinator._last_round
+            machine = fleet.coordinator._play.machine
             assert await tap.hidden(fleet, [*rogue.keys, machine._reveal_key], accomplices=1) == n
             outcome(f"abandoned: {first.reason}; then an exact sum without it")
 

@@ -47,7 +47,7 @@ def test_masked_updates_are_uniform(value_bits, stage, outcome):
             reveal_keys = {}
 
             def each_round(event):
-                machine = fleet.coordinator._last_round
+                machine = fleet.coordinator._play.machine
                 if machine is not None and machine.cohort is not None:
                     reveal_keys[machine.cohort.h] = machine._reveal_key
 

@@ -27,7 +27,7 @@ def test_an_eavesdropper_unmasks_nobody(stage, outcome):
                 assert view.n_shares(seen, "b", name) == view.n_shares(seen, "s", name) == 0
             assert await tap.hidden(fleet) == 4
             # What the coordinator knows is the sum of all, and of no fewer.
-            machine = fleet.coordinator._last_round
+            machine = fleet.coordinator._play.machine
             coordinator = tap.view([machine._reveal_key])
             seen = coordinator.rounds[machine.cohort.h]
             total = fleet.sum_of(1, fleet.names, seen.head.bits)

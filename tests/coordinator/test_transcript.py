@@ -22,9 +22,8 @@ from covey_coordinator.blobs import UploadDesk
 from covey_coordinator.cli import main
 from covey_coordinator.config import TranscriptsConfig
 from covey_coordinator.run import Run
-from covey_coordinator.spool import FileSink
-from covey_coordinator.store import RunDirectory
-from covey_coordinator.transcript import KEPT, MODEL_BEFORE, PART, RoundScribe, Scribe, thin
+from covey_coordinator.store import FILE, RunDirectory, Store
+from covey_coordinator.transcript import MODEL_BEFORE, PART, RoundScribe, Scribe, thin
 from covey_coordinator.transcript_command import Models, average
 from covey_shared import chunks, keys, wire
 from covey_shared.chunks import BlobDigest
@@ -92,7 +91,12 @@ def test_every_round_of_a_run_is_proven(tmp_path: Path):
             assert (state.rounds_completed, state.transcripts_lost) == (3, 0)
             for index in (1, 2, 3):
                 directory = rounds(run) / f"{index:05}"
-                assert files(directory) == [MODEL_BEFORE, "model.onnx", "transcript"]
+                assert files(directory) == [
+                    MODEL_BEFORE,
+                    "model.onnx",
+                    "parameters.bin",
+                    "transcript",
+                ]
                 assert (directory / "transcript").stat().st_mode & 0o777 == 0o600
                 report = report_of(directory / "transcript", fleet.trust)
                 assert report.complete, report.checks
@@ -159,8 +163,9 @@ def test_the_update_that_came_too_late_is_nowhere(tmp_path: Path):
                 if getattr(event, "phase", None) is not None and str(event.phase).endswith(
                     "UNMASK"
                 ):
-                    desk = fleet.coordinator._desk
-                    assert desk is not None
+                    play = fleet.coordinator._play
+                    assert play is not None
+                    desk = play._desk
                     for delivery in held:
                         assert not desk.feed(DeviceId("pi-2"), delivery.incoming.payload, 0.0)
                     seen.append(files(run.directory.spool))
@@ -169,7 +174,7 @@ def test_the_update_that_came_too_late_is_nowhere(tmp_path: Path):
             state = await fleet.play(run)
             assert state.rounds_completed == 1
             assert held
-            assert seen == [[f"{KEPT}/pi-{i}" for i in (0, 1, 3, 4)]]
+            assert seen == [[f"pi-{i}" for i in (0, 1, 3, 4)]]
             path = rounds(run) / "00001" / "transcript"
             report = report_of(path, fleet.trust)
             assert report.complete
@@ -238,7 +243,7 @@ def test_signatures_only(tmp_path: Path):
         async with Fleet(tmp_path) as fleet:
             run = fleet.run(config(rounds=1, transcripts=TranscriptsConfig(keep="signatures")))
             await fleet.play(run)
-            assert files(rounds(run)) == ["00001/model.onnx", "00001/transcript"]
+            assert files(rounds(run) / "00001") == ["model.onnx", "parameters.bin", "transcript"]
             report = report_of(rounds(run) / "00001" / "transcript", fleet.trust)
             assert not report.failed, report.checks
             assert report.verdict("sum") is Verdict.NOT_CHECKED
@@ -252,7 +257,7 @@ def test_off(tmp_path: Path):
         async with Fleet(tmp_path) as fleet:
             run = fleet.run(config(rounds=1, transcripts=TranscriptsConfig(keep="off")))
             state = await fleet.play(run)
-            assert files(rounds(run)) == ["00001/model.onnx"]
+            assert files(rounds(run) / "00001") == ["model.onnx", "parameters.bin"]
             assert state.transcripts_lost == 0
 
     go(scenario())
@@ -275,7 +280,7 @@ def test_older_rounds_are_thinned(tmp_path: Path):
 
 
 def a_run(tmp_path: Path, **settings: Any) -> tuple[RunDirectory, Scribe]:
-    directory = RunDirectory.create(tmp_path / "run", b"", bytes(16))
+    directory = RunDirectory.create(tmp_path / "run", b"", bytes(16), Store.in_memory())
     trust = Trust("lab", KEY.public, KEY.public)
     return directory, Scribe(directory, TranscriptsConfig(**settings), trust, KEY)
 
@@ -341,7 +346,11 @@ def test_a_transcript_that_cannot_be_written_costs_no_round(
             assert state.transcripts_lost == 2
             assert "No space left on device; free some space" in state.transcript_problem
             assert run.directory.state() == state
-            assert files(rounds(run)) == ["00001/model.onnx", "00002/model.onnx"]
+            assert files(rounds(run)) == [
+                f"{index:05}/{name}"
+                for index in (1, 2)
+                for name in ("model.onnx", "parameters.bin")
+            ]
             assert files(run.directory.spool) == []
             first, second = run.directory.read_metrics()
             assert "transcripts_lost" not in first
@@ -355,41 +364,13 @@ def test_a_transcript_that_cannot_be_written_costs_no_round(
 def test_status_says_that_transcripts_are_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert CliRunner().invoke(main, ["init", str(tmp_path / "farm")]).exit_code == 0
-    run = RunDirectory.create(tmp_path / "farm" / "runs" / "first", b"", bytes(16))
-    state = run.state()
-    state.transcripts_lost, state.transcript_problem = 3, "cannot write it: the disk is full"
-    run.save_state(state)
+    with Store.open(tmp_path / "farm" / FILE) as store:
+        run = RunDirectory.create(tmp_path / "farm" / "runs" / "first", b"", bytes(16), store)
+        state = run.state()
+        state.transcripts_lost, state.transcript_problem = 3, "cannot write it: the disk is full"
+        run.save_state(state)
     result = CliRunner().invoke(main, ["status", "--fleet-dir", str(tmp_path / "farm")])
     assert "3 rounds without a transcript: cannot write it: the disk is full" in result.output
-
-
-def test_a_full_spool_takes_the_space_of_the_transcript(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """The round's own need comes first: what is kept for the transcript goes before it waits."""
-    real = FileSink._reserve
-    spool: list[Path] = []
-
-    def reserve(sink: FileSink, fd: int) -> None:
-        kept = sink.path.parent / KEPT
-        spool.append(kept)
-        if kept.exists() and any(kept.iterdir()):
-            full_disk()
-        real(sink, fd)
-
-    monkeypatch.setattr(FileSink, "_reserve", reserve)
-
-    async def scenario() -> None:
-        async with Fleet(tmp_path) as fleet:
-            run = fleet.run(config(rounds=1))
-            state = await fleet.play(run)
-            assert state.rounds_completed == 1
-            assert fleet.outcomes[0].completed is not None
-            assert len(fleet.outcomes[0].completed.survivors) == 4
-            assert state.transcripts_lost == 1
-            assert files(rounds(run)) == ["00001/model.onnx"]
-
-    go(scenario())
 
 
 def test_a_nearly_full_disk_keeps_the_signatures(
@@ -418,7 +399,7 @@ def test_a_state_that_cannot_be_saved_thins_what_is_there(
     real, refused = os.fsync, []
 
     def fsync(fd: int) -> None:
-        if fleet_run and "next.bin" in str(Path(f"/proc/self/fd/{fd}").readlink()):
+        if fleet_run and "parameters.bin" in str(Path(f"/proc/self/fd/{fd}").readlink()):
             kept = list(rounds(fleet_run[0]).glob(f"*/{MODEL_BEFORE}"))
             if kept:
                 refused.append(len(kept))
@@ -439,8 +420,10 @@ def test_a_state_that_cannot_be_saved_thins_what_is_there(
             # The second round's went to make room, and of the first the signatures are left.
             assert files(rounds(run)) == [
                 "00001/model.onnx",
+                "00001/parameters.bin",
                 "00001/transcript",
                 "00002/model.onnx",
+                "00002/parameters.bin",
             ]
             assert not report_of(rounds(run) / "00001" / "transcript", fleet.trust).failed
 
@@ -450,8 +433,8 @@ def test_a_state_that_cannot_be_saved_thins_what_is_there(
 # -- being stopped ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phase", ["gather", "share", "collect", "view", "unmask"])
-def test_an_interrupted_round_is_told_beside_the_one_that_followed(tmp_path: Path, phase: str):
+@pytest.mark.parametrize("phase", ["gather", "share", "roster", "collect", "view", "unmask"])
+def test_a_round_that_was_stopped_and_taken_up_has_one_transcript(tmp_path: Path, phase: str):
     async def scenario() -> None:
         async with Fleet(tmp_path) as fleet:
             playing = asyncio.create_task(fleet.play(fleet.run(config(rounds=1))))
@@ -467,20 +450,17 @@ def test_an_interrupted_round_is_told_beside_the_one_that_followed(tmp_path: Pat
                 Scribe(run.directory, TranscriptsConfig(), fleet.trust, fleet.key).recover()
                 assert not report_of(rounds(run) / "00001" / "transcript", fleet.trust).failed
                 return
-            assert not list(run.directory.spool.rglob(f"{KEPT}/*"))
             fleet.coordinator = fleet.make_coordinator()
             await fleet.coordinator.start()
-            await fleet.until(lambda: len(fleet.coordinator.registry.present) == 4)
-            await fleet.until(lambda: all(s.service._session.round_id is None for s in fleet.seats))
             state = await fleet.play(run)
             assert state.rounds_completed == 1
             directory = rounds(run) / "00001"
-            assert files(directory) == [MODEL_BEFORE, "model.onnx", "transcript", "transcript-1"]
-            assert report_of(directory / "transcript", fleet.trust).complete
-            old = report_of(directory / "transcript-1", fleet.trust)
-            assert not old.failed, old.checks
-            assert old.ending is not None
-            assert old.ending.outcome == "interrupted"
+            assert "transcript" in files(directory)
+            assert "transcript-1" not in files(directory)
+            report = report_of(directory / "transcript", fleet.trust)
+            assert report.complete, report.checks
+            assert payloads_in(directory / "transcript") == 4
+            assert files(run.directory.spool) == []
 
     go(scenario())
 
@@ -491,7 +471,7 @@ STORY = told(Lab(4, seed="killed"))
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.05, 0.3, 0.6, 0.8, 0.95, 0.9999])
 def test_a_transcript_is_brought_to_an_end_wherever_it_was_cut_off(tmp_path: Path, share: float):
     lab = STORY.lab
-    directory = RunDirectory.create(tmp_path / "run", b"", bytes(16))
+    directory = RunDirectory.create(tmp_path / "run", b"", bytes(16), Store.in_memory())
     scribe = Scribe(directory, TranscriptsConfig(), lab.trust, lab.coordinator_key)
     part = directory.path / "rounds" / "00001" / PART
     part.parent.mkdir(parents=True)
@@ -587,26 +567,11 @@ def test_without_a_transcript_nothing_is_done(tmp_path: Path):
     assert isinstance(call.message, RoundCall)
     writer.message(call)
     writer.note(DeviceId("pi-1"), "x")
-    assert writer.place_for(DeviceId("pi-1")) is None
-    writer.drop(DeviceId("pi-1"))
     writer.ended("x")
     writer.give_up("x")
     writer.leave()
     assert writer.problem is None
     assert files(tmp_path) == []
-
-
-def test_an_upload_is_moved_rather_than_copied(tmp_path: Path):
-    data = os.urandom(300_000)
-    desk = UploadDesk(tmp_path / "spool")
-    desk.open()
-    device, kept = DeviceId("pi-1"), tmp_path / "kept"
-    desk.expect(device, b"h" * 32, hashlib.sha256(data).digest(), len(data), 0.0)
-    for frame in chunks.split(chunks.blob_of(data)):
-        desk.feed(device, frame, 0.0)
-    assert desk.take(device, kept) == data
-    assert kept.read_bytes() == data
-    assert files(tmp_path / "spool") == []
 
 
 def test_what_comes_after_the_view_is_thrown_away(tmp_path: Path):
@@ -618,7 +583,7 @@ def test_what_comes_after_the_view_is_thrown_away(tmp_path: Path):
     desk.expect(DeviceId("pi-1"), b"h" * 32, digest, len(data), 0.0)
     desk.feed(DeviceId("pi-1"), frames[0], 0.0)
     assert files(tmp_path / "spool") == ["pi-1"]
-    desk.shut()
+    desk.shut(kept=())
     assert files(tmp_path / "spool") == []
     assert [desk.feed(DeviceId("pi-1"), frame, 0.0) for frame in frames] == [False] * len(frames)
     assert not desk.expect(DeviceId("pi-2"), b"h" * 32, digest, len(data), 0.0)

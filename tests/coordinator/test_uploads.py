@@ -46,12 +46,14 @@ def in_spool(made: UploadDesk) -> list[str]:
 # -- uploads ---------------------------------------------------------------------------------------
 
 
-def test_an_upload_comes_whole_and_its_file_goes(tmp_path: Path):
+def test_an_upload_comes_whole_and_its_file_stays_until_the_round_is_over(tmp_path: Path):
     made = desk(tmp_path)
     assert not expect(made)
     assert [made.feed(A, frame, 0.0) for frame in FRAMES] == [False, False, True]
     assert in_spool(made) == ["a"]
     assert made.take(A) == DATA
+    assert in_spool(made) == ["a"]
+    made.close()
     assert in_spool(made) == []
 
 
@@ -223,6 +225,118 @@ def test_a_new_round_starts_with_an_empty_spool(tmp_path: Path):
     assert made.directory.stat().st_mode & 0o777 == 0o700
     expect(made)
     assert [made.feed(A, frame, 0.0) for frame in FRAMES][-1]
+
+
+# -- another process goes on -----------------------------------------------------------------------
+
+
+def left(tmp_path: Path, *frames: bytes) -> tuple[UploadDesk, dict[str, bytes]]:
+    """What a process leaves that had these, and what it had saved of it."""
+    made = desk(tmp_path)
+    expect(made)
+    for frame in frames:
+        made.feed(A, frame, 0.0)
+    saved = {}
+    for device, sink, received in made.unsaved(blobs.CHECKPOINT_S):
+        sink.sync()
+        saved[str(device)] = received
+    made.leave()
+    return UploadDesk(made.directory, patience_s=3.0), saved
+
+
+def test_chunks_that_came_are_not_asked_for_again(tmp_path: Path):
+    made, saved = left(tmp_path, FRAMES[1])
+    made.reopen(saved, ())
+    assert not expect(made)
+    assert made.stalled(5.0)[0].ranges == ((0, 1), (2, 1))
+    assert not made.feed(A, FRAMES[0], 5.0)
+    assert made.feed(A, FRAMES[2], 5.0)
+    assert made.take(A) == DATA
+
+
+def test_an_upload_that_came_whole_is_complete_at_once(tmp_path: Path):
+    made, saved = left(tmp_path, *FRAMES)
+    made.reopen(saved, ())
+    assert expect(made)
+    assert made.take(A) == DATA
+
+
+def test_what_was_not_saved_comes_again(tmp_path: Path):
+    made, _ = left(tmp_path, *FRAMES)
+    made.reopen({}, ())
+    assert not expect(made)
+    assert made.stalled(5.0)[0].ranges == ((0, 3),)
+    assert [made.feed(A, frame, 5.0) for frame in FRAMES] == [False, False, True]
+    assert made.take(A) == DATA
+
+
+@pytest.mark.parametrize("harm", ["gone", "short", "bitmap"])
+def test_what_was_saved_of_a_file_that_is_not_there(tmp_path: Path, harm: str):
+    made, saved = left(tmp_path, *FRAMES)
+    if harm == "gone":
+        made.path(A).unlink()
+    elif harm == "short":
+        made.path(A).write_bytes(DATA[:-1])
+    else:
+        saved = {"a": b"\xff\xff"}
+    made.reopen(saved, ())
+    assert not expect(made)
+    assert [made.feed(A, frame, 5.0) for frame in FRAMES] == [False, False, True]
+    assert made.take(A) == DATA
+
+
+def test_saved_chunks_that_are_others_are_found_at_the_end(tmp_path: Path):
+    """The disk lied about what was on it."""
+    made, saved = left(tmp_path, *FRAMES)
+    made.path(A).write_bytes(bytes(len(DATA)))
+    made.reopen(saved, ())
+    assert expect(made)
+    with pytest.raises(MalformedError, match="has digest"):
+        made.take(A)
+    assert [made.feed(A, frame, 5.0) for frame in FRAMES] == [False, False, True]
+    assert made.take(A) == DATA
+
+
+def test_what_is_in_the_sum_is_asked_for_no_more(tmp_path: Path):
+    made, _ = left(tmp_path, *FRAMES)
+    made.reopen({}, [A])
+    assert made.whole(A, DIGEST, len(DATA)) == DATA
+    assert not expect(made)
+    assert made.stalled(100.0) == []
+    assert not made.feed(A, FRAMES[0], 5.0)
+    made.shut([A])
+    assert in_spool(made) == ["a"]
+    made.close()
+    assert in_spool(made) == []
+
+
+def test_an_update_in_the_sum_must_be_the_one_that_was_announced(tmp_path: Path):
+    made, _ = left(tmp_path, *FRAMES)
+    made.reopen({}, [A])
+    with pytest.raises(MalformedError, match="not the update that a announced"):
+        made.whole(A, DIGEST, len(DATA) + 1)
+    made.path(A).write_bytes(bytes(len(DATA)))
+    with pytest.raises(MalformedError, match="not the update that a announced"):
+        made.whole(A, DIGEST, len(DATA))
+    with pytest.raises(StorageError, match="cannot read .*: No such file"):
+        made.whole(B, DIGEST, len(DATA))
+
+
+def test_long_uploads_alone_are_saved_and_not_too_often(tmp_path: Path):
+    made = desk(tmp_path)
+    expect(made)
+    made.feed(A, FRAMES[0], 1.0)
+    assert made.unsaved(blobs.CHECKPOINT_S - 0.1) == []
+    ((device, _, received),) = made.unsaved(blobs.CHECKPOINT_S)
+    assert (device, received) == (A, b"\x01")
+    made.feed(A, FRAMES[1], 6.0)
+    assert made.unsaved(blobs.CHECKPOINT_S + 1.0) == []
+    ((_, _, received),) = made.unsaved(2 * blobs.CHECKPOINT_S)
+    assert received == b"\x03"
+    assert made.unsaved(3 * blobs.CHECKPOINT_S) == []  # no news
+    made.feed(A, FRAMES[2], 16.0)
+    made.take(A)
+    assert made.unsaved(9 * blobs.CHECKPOINT_S) == []
 
 
 def test_a_spool_that_cannot_be_made_is_named(tmp_path: Path):

@@ -110,7 +110,7 @@ def test_each_device_in_a_process_of_its_own(one_kind: BrokerKind, tmp_path: Pat
         started: list[Moved] = []
         settings = {"processes": True, "faults": faults}
         # Long enough for a process to be started again, however busy the machine.
-        patient = msgspec.structs.replace(DEADLINES, gather_s=20.0)
+        patient = msgspec.structs.replace(DEADLINES, gather_s=20.0, absent_grace_s=6.0)
         async with small_fleet(
             tmp_path, one_kind, rounds=3, deadlines=patient, on_event=on_event, settings=settings
         ) as played:
