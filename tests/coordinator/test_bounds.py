@@ -1,16 +1,22 @@
 """What the coordinator holds from round to round has a bound, whoever talks and however long it runs."""
 
 import asyncio
+import ipaddress
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from covey_coordinator import inbox, registry
+from covey_coordinator.config import load_fleet
+from covey_coordinator.enrolment import desk, keeper
 from covey_coordinator.inbox import Inbox
 from covey_coordinator.registry import Registry
 from covey_shared.messages import DeviceId
+from enrolling import make_fleet
 
 NAMES = [DeviceId(f"made-up-{i}") for i in range(10_000)]
 
@@ -81,3 +87,22 @@ def test_single_bytes_in_made_up_names_do_not_pile_up(monkeypatch: pytest.Monkey
 
     asyncio.run(scenario())
     assert 0 < len(held[0]) < len(NAMES)
+
+
+def test_requests_for_renewal_that_were_followed_are_forgotten(tmp_path: Path) -> None:
+    fleet = make_fleet(tmp_path / "fleet", now=1_000_000)
+    service: Any = SimpleNamespace(registry=Registry())
+    looking = keeper._Keeper(fleet, load_fleet(fleet.path), service, lambda line: None)
+    looking._asked = {(name, since): 0.0 for since, name in enumerate(NAMES)}
+    looking._take_up()  # nobody's renewal is wanted any more
+    assert not looking._asked
+
+
+def test_wrong_tokens_of_many_addresses_are_remembered_up_to_a_bound() -> None:
+    limit = desk.FailureLimit()
+    for number in range(desk.MAX_ADDRESSES + 500):
+        for second in range(2 * desk.FAILURES):
+            limit.failed(str(ipaddress.IPv4Address(number)), second)
+    assert len(limit._failures) == desk.MAX_ADDRESSES
+    assert all(len(times) == desk.FAILURES for times in limit._failures.values())
+    assert limit.exhausted(str(ipaddress.IPv4Address(desk.MAX_ADDRESSES)), 10)

@@ -76,7 +76,7 @@ class FailureLimit:
         """Count one."""
         network = network_of(address)
         recent = [*self._recent(network, now_unix), now_unix]
-        if len(self._failures) >= MAX_ADDRESSES:
+        if network not in self._failures and len(self._failures) >= MAX_ADDRESSES:
             self._failures.pop(next(iter(self._failures)))
         self._failures[network] = recent[-FAILURES:]
 

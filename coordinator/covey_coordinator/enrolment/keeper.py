@@ -106,6 +106,9 @@ class _Keeper:
             for record in self._fleet.book.records()
             if issued.get(record.device, record.wanted_unix) < record.wanted_unix
         }
+        # What was done, or asked for anew, is not asked for again.
+        wanted = set(self._wanted.items())
+        self._asked = {asked: at for asked, at in self._asked.items() if asked in wanted}
 
     async def _ask(self) -> None:
         """RenewalWanted to those of whom the operator wants it, and who are online."""
