@@ -24,14 +24,28 @@ def write_durably(path: Path, data: bytes) -> None:
         finally:
             os.close(fd)
         fresh.replace(path)
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             fresh.unlink(missing_ok=True)
         raise StorageError(
             f"cannot write {path}: {error.strerror}; free some space, or check its owner"
         ) from error
+
+
+def sync_names(directory: Path) -> None:
+    """What was renamed in it stays so. Raises StorageError."""
+    try:
+        _sync(directory)
+    except OSError as error:
+        raise StorageError(
+            f"cannot sync {directory}: {error.strerror}; check its disk and its owner"
+        ) from error
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

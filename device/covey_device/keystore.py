@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from covey_device import unfinished
-from covey_device.files import write_durably
+from covey_device.files import sync_names, write_durably
 from covey_device.memory import MAX_CONTRIBUTIONS, MAX_VOTES, Memory, Vote
 from covey_device.policy import MAX_ROUNDS_PER_DAY, Day
 from covey_device.unfinished import Unfinished
@@ -139,6 +139,9 @@ class MemoryFile:
     def load(self) -> Memory:
         """What was saved last; nothing yet for a new device. Raises StorageError for a damaged file,
         rather than starting over: forgetting could mean contributing twice."""
+        # A process that was killed between renaming a file and syncing its name leaves what a power cut
+        # can still take back, after this one acted on it.
+        sync_names(self._directory)
         kept = _read(self._path, _MemoryFile) or _MemoryFile(0, {})
         votes = _read(self._votes, tuple[_VoteFile, ...]) or ()
         return Memory(

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import covey_device.files
 import covey_device.keystore
 from covey_device.keystore import MemoryFile, load_certificate, load_identity
 from covey_device.memory import MAX_CONTRIBUTIONS
@@ -249,6 +250,23 @@ def test_a_full_disk_keeps_the_old_memory_and_says_so(
     assert os.listdir(tmp_path) == ["memory.json"]  # noqa: PTH208
     file.save(Memory(3))
     assert file.load() == Memory(3)
+
+
+def test_what_a_process_acts_on_no_power_cut_takes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    MemoryFile(tmp_path).save(Memory(last_round=7))
+    synced = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append(os.fstat(fd).st_ino)
+        real(fd)
+
+    monkeypatch.setattr(covey_device.files.os, "fsync", fsync)
+    # Whoever saved it may have been killed before its name was synced.
+    assert MemoryFile(tmp_path).load().last_round == 7
+    assert tmp_path.stat().st_ino in synced
 
 
 def test_a_state_directory_that_cannot_be(tmp_path: Path):
