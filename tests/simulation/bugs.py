@@ -5,25 +5,35 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from covey_coordinator import files, store
+import msgspec
+
+from covey_coordinator import files, journal, transcript
 from covey_coordinator import round as coordinator_round
+from covey_coordinator.journal import Added, Entered
 from covey_coordinator.round import Phase, Round
+from covey_coordinator.round_play import RoundPlay
 from covey_coordinator.run import Run
 from covey_coordinator.service import CoordinatorService
-from covey_coordinator.store import RoundCounter
+from covey_coordinator.spool import FileSink
+from covey_coordinator.store import Store, directory
 from covey_device import keystore
 from covey_device.audit import AuditLog
 from covey_device.keystore import MemoryFile
 from covey_device.service import DeviceService
 from covey_device.session import Memory, Publish, Save, Session
-from covey_shared.messages import ViewProposal
+from covey_shared import wire
+from covey_shared.errors import StorageError
+from covey_shared.messages import CheckIn, Manifest, RosterVote, ViewProposal
 from covey_shared.secagg.aggregator import Aggregator
 from covey_shared.secagg.participant import Participant
+from covey_shared.wire import Signed
+from simulation.loop import RUNNING
 
 Bug = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -156,25 +166,148 @@ def _no_sync() -> Any:
     def planted() -> Iterator[None]:
         with (
             mock.patch.object(files, "write_atomic", write_atomic),
-            mock.patch.object(store, "write_atomic", write_atomic),
+            mock.patch.object(directory, "write_atomic", write_atomic),
         ):
             yield
 
     return planted()
 
 
+def _commits_unsynced() -> Any:
+    real = Store._writing
+
+    def writing(self: Store, durable: bool = True) -> Any:
+        return real(self, durable=False)
+
+    return mock.patch.object(Store, "_writing", writing)
+
+
 def _counts_in_memory() -> Any:
     """Round numbers begin anew with each process."""
 
-    def next_number(self: RoundCounter) -> int:
+    def next_round(self: Store) -> int:
         self.last = getattr(self, "last", 0) + 1  # type: ignore[attr-defined]
         return int(self.last)  # type: ignore[attr-defined]
 
-    return mock.patch.object(RoundCounter, "next", next_number)
+    return mock.patch.object(Store, "next_round", next_round)
 
 
 def _uploads_unnoted() -> Any:
-    return mock.patch.object(RoundCounter, "uploads_begin", return_value=None)
+    return mock.patch.object(Store, "uploads_begin", return_value=None)
+
+
+def _ends_in_two_steps() -> Any:
+    """A round's end is not one transaction."""
+    real = Store.finish_round
+
+    def finish_round(self: Store, name: str, state: Any) -> None:
+        self.save_run(name, state)
+        real(self, name, state)
+
+    return mock.patch.object(Store, "finish_round", finish_round)
+
+
+def _publishes_first() -> Any:
+    """What follows from a message is sent before the message is written down."""
+
+    async def step(self: RoundPlay, step: Callable[[], Any]) -> None:
+        actions = await self._hands.in_thread(step)
+        await self._carry_out(actions)
+        await self._write_down()
+
+    return mock.patch.object(RoundPlay, "_step", step)
+
+
+def _forgets(*kinds: Any) -> Bug:
+    """Entries of these kinds are not in the journal."""
+    real = Store.journal
+
+    def write(self: Store, entries: Any, **rest: Any) -> None:
+        kept = []
+        for data in entries:
+            entry = journal.decode(data)
+            if not isinstance(getattr(entry, "message", entry), kinds) and entry not in kinds:
+                kept.append(data)
+        real(self, kept, **rest)
+
+    return lambda: mock.patch.object(Store, "journal", write)
+
+
+def _another_manifest() -> Any:
+    """Taken up again, a round has a manifest of that moment."""
+    real = journal.decode
+
+    def decode(data: bytes) -> Any:
+        entry = real(data)
+        if isinstance(entry, Signed) and isinstance(entry.message, Manifest):
+            head = entry.message.head
+            head = msgspec.structs.replace(head, issued_unix=head.issued_unix + 1)
+            process = RUNNING.get()
+            assert process is not None
+            key = process.key
+            return wire.sign(Manifest(head, entry.message.check_ins), key)
+        return entry
+
+    return mock.patch.object(journal, "decode", decode)
+
+
+def _another_reveal_key() -> Any:
+    real = Store.opened
+
+    def opened(self: Store) -> Any:
+        found = real(self)
+        return found and dataclasses.replace(found, reveal_secret=bytes(range(32)))
+
+    return mock.patch.object(Store, "opened", opened)
+
+
+def _adds_twice() -> Any:
+    """An update of before the restart is in the sum twice."""
+    real = Round._again
+
+    def again(self: Round, entry: Any, following: Any, uploaded: Any, now: float) -> Any:
+        found = real(self, entry, following, uploaded, now)
+        if isinstance(entry, Added):
+            assert self.cohort is not None
+            assert self._aggregator is not None
+            index = self.cohort.index_of(entry.device)
+            self._aggregator._added.discard(index)
+            self._aggregator.add(index, uploaded(entry.device))
+        return found
+
+    return mock.patch.object(Round, "_again", again)
+
+
+def _nobody_is_there() -> Any:
+    """Taken up again, a round takes everybody for absent who has not come anew."""
+    real = Round.restore
+
+    def restore(self: Round, *args: Any) -> Any:
+        found = real(self, *args)
+        self._present.clear()
+        return found
+
+    return mock.patch.object(Round, "restore", restore)
+
+
+def _spool_unsynced() -> Any:
+    return mock.patch.object(FileSink, "sync", return_value=None)
+
+
+def _begins_anew() -> Any:
+    """An open round is not taken up again, and its devices are not told."""
+    real = CoordinatorService._opened
+
+    async def opened(self: CoordinatorService, run: Run) -> Any:
+        self.store.forget_round()
+        return await real(self, run)
+
+    return mock.patch.object(CoordinatorService, "_opened", opened)
+
+
+def _seals_again() -> Any:
+    """A transcript that only lacks its name is given another ending."""
+    return mock.patch.object(transcript, "_is_sealed", return_value=False)
 
 
 def _never_settles() -> Any:
@@ -235,27 +368,38 @@ def _gives_up_on_a_full_disk() -> Any:
     """A round's end that the disk refuses is not tried again."""
 
     async def stored(self: CoordinatorService, write: Callable[[], Any]) -> Any:
-        return await self._in_thread(write)
+        return await self.in_thread(write)
 
-    return mock.patch.object(CoordinatorService, "_stored", stored)
+    return mock.patch.object(CoordinatorService, "stored", stored)
+
+
+def _ignores_a_full_disk() -> Any:
+    """What the disk refused is taken for written."""
+    real = Store.journal
+
+    def write(self: Store, entries: Any, **rest: Any) -> None:
+        with contextlib.suppress(StorageError):
+            real(self, entries, **rest)
+
+    return mock.patch.object(Store, "journal", write)
 
 
 def _waits_unheard() -> Any:
     """A phase's time runs while there is nobody to be heard by."""
-    real = CoordinatorService.run_round
+    real = CoordinatorService.play
 
-    async def run_round(self: CoordinatorService, *args: Any) -> Any:
+    async def play(self: CoordinatorService, *args: Any, **rest: Any) -> Any:
         connected, self.connected = self.connected, asyncio.Event()
         self.connected.set()
         try:
-            return await real(self, *args)
+            return await real(self, *args, **rest)
         finally:
             self.connected = connected
 
     @contextlib.contextmanager
     def planted() -> Iterator[None]:
         with (
-            mock.patch.object(CoordinatorService, "run_round", run_round),
+            mock.patch.object(CoordinatorService, "play", play),
             mock.patch.object(Round, "sent", return_value=None),
         ):
             yield
@@ -276,6 +420,22 @@ BUGS: dict[str, Bug] = {
     "the coordinator does not sync": _no_sync,
     "the coordinator counts rounds in memory": _counts_in_memory,
     "the coordinator does not note that uploads begin": _uploads_unnoted,
+    "the coordinator does not sync its database": _commits_unsynced,
+    "the coordinator does not sync its spool": _spool_unsynced,
+    "the coordinator ends a round in two transactions": _ends_in_two_steps,
+    "the coordinator sends before it writes down": _publishes_first,
+    "the coordinator takes what a full disk refused for written": _ignores_a_full_disk,
+    "the coordinator forgets what it gathered": _forgets(CheckIn),
+    "the coordinator forgets its manifest": _forgets(Manifest, Entered(Phase.SHARE)),
+    "the coordinator forgets votes": _forgets(RosterVote),
+    "the coordinator forgets what is in the sum": _forgets(Added),
+    "the coordinator forgets its view": _forgets(ViewProposal, Entered(Phase.VIEW)),
+    "the coordinator takes a round up with another manifest": _another_manifest,
+    "the coordinator takes a round up with another reveal key": _another_reveal_key,
+    "the coordinator adds an update again": _adds_twice,
+    "the coordinator takes a round up and waits for nobody": _nobody_is_there,
+    "the coordinator does not take a round up": _begins_anew,
+    "the coordinator seals a transcript again": _seals_again,
     "the coordinator does not settle its files": _never_settles,
     "the coordinator names a model before it is there": _state_first,
     "the coordinator proposes a second view": _second_view,

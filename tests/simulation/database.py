@@ -26,15 +26,15 @@ class Database:
     """A file and its history. states: what it was after the last durable commit and each one since;
     kept for disks alone that a power cut can come to."""
 
-    def __init__(self, path: Path, disk: Disk, *, powerless: bool) -> None:
-        self.path, self.disk, self.powerless = path, disk, powerless
-        self.states: list[bytes] = [path.read_bytes()] if powerless else []
+    def __init__(self, path: Path, disk: Disk, *, forgetful: bool) -> None:
+        self.path, self.disk, self.forgetful = path, disk, forgetful
+        self.states: list[bytes] = [path.read_bytes()] if forgetful else []
         self.commits = 0
         self._forgotten: bytes | None = None
 
     def power_cut(self) -> None:
         """Draw what is lost."""
-        if self.powerless:
+        if self.forgetful:
             kept = self.disk.chance.randint(0, len(self.states) - 1)
             self._forgotten = self.states[kept]
             self.states = [self._forgotten]
@@ -58,7 +58,7 @@ class Database:
             raise error
         commit()
         self.commits += 1
-        if self.powerless:
+        if self.forgetful:
             (synchronous,) = raw.execute("PRAGMA synchronous").fetchone()
             if synchronous >= _FULL:
                 self.states.clear()

@@ -95,8 +95,8 @@ def _faults(
     one = chance.choice(devices)
     some = chance.sample(devices, chance.randint(1, len(devices)))
     back_s = chance.choice((0.1, 1.0, 3.0, 8.0))
-    # Half of all deaths between two writes: what is half done then, a restart must make whole.
-    effect, after = chance.choice((("", 60), ("disk", 30)))
+    # Most deaths between two writes or two messages: what is half done then, a restart must make whole.
+    effect, after = chance.choice((("", 60), ("disk", 30), ("publish", 10)))
     after = chance.randint(0, after)
     moment = f"before its {effect or 'any'} effect {after} from now, back after {back_s:g} s"
     match kind:

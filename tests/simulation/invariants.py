@@ -65,11 +65,12 @@ class Watch:
     broken: what does not hold; empty as long as all does.
     """
 
-    def __init__(self, trust: Trust, initial: np.ndarray, run: RunDirectory, keep: str) -> None:
+    def __init__(self, trust: Trust, initial: np.ndarray, directory: Path, keep: str) -> None:
         self.broken: list[str] = []
         self.keep, self.fleet_ca, self.coordinator = keep, trust.ca, trust.coordinator
         self._topics = Topics(trust.fleet)
-        self._run = run
+        self._directory = directory
+        self.run: RunDirectory | None = None  # through the store of the coordinator's last process
         self._once: dict[tuple[Any, ...], Any] = {}
         self._heads: dict[bytes, Head] = {}
         self.calls: dict[int, RoundCall] = {}
@@ -77,6 +78,7 @@ class Watch:
             set()
         )  # (model, revision) that a roster went out for
         self._announced: dict[DeviceId, set[bytes]] = {}
+        self.announced: set[tuple[str, int]] = set()  # (device, round) of updates that were begun
         self._frames: dict[tuple[DeviceId, bytes, int], bytes] = {}
         self._kinds: dict[tuple[bytes, int], bool] = {}
         self.saved: dict[DeviceId, Memory] = {}
@@ -202,6 +204,7 @@ class Watch:
         contribution = (device, head.model, head.revision)
         self._only(payload, "contributes twice to one revision of a model", *contribution)
         self._announced.setdefault(device, set()).add(update.payload)
+        self.announced.add((device, head.round))
         saved = self.saved.get(device)
         self.expect(
             saved is not None and saved.contributed.get(head.model.hex(), -1) >= head.revision,
@@ -253,8 +256,9 @@ class Watch:
         self.saved[device] = memory
 
     def load(self, device: DeviceId, memory: Memory) -> None:
-        """A new process of a device begins with this."""
+        """A new process of a device begins with this, and acts on it from now on."""
         self._covers(device, memory, "lost what it saved")
+        self.saved[device] = memory
 
     def _covers(self, device: DeviceId, memory: Memory, otherwise: str) -> None:
         before = self.saved.get(device, Memory())
@@ -293,7 +297,11 @@ class Watch:
 
     def sum(self, round_id: int, completed: Completed) -> None:
         """The coordinator has arrived at a sum."""
-        self.expect(round_id not in self.sums, f"round {round_id} has two sums")
+        before = self.sums.get(round_id)
+        if before is not None:  # by an earlier process
+            same = before.survivors == completed.survivors
+            same = same and bool((before.ring_sum == completed.ring_sum).all())
+            self.expect(same, f"round {round_id} has two sums")
         self.expect(round_id not in self.abandoned, f"round {round_id} is abandoned and has a sum")
         self.sums[round_id] = completed
         bits, survivors = completed.encoding.bits, completed.survivors
@@ -337,7 +345,7 @@ class Watch:
     def transcript(self, index: int, round_id: int, *, completed: bool) -> None:
         """Of a round that is over there is a transcript which proves what was seen here, unless the
         coordinator or its disk failed meanwhile. None is ever wrong."""
-        directory = self._run.path / "rounds" / f"{index:05}"
+        directory = self._directory / "rounds" / f"{index:05}"
         for older in directory.glob("transcript-*"):
             self._sound(older, 0, completed=False)
         path = directory / "transcript"
@@ -412,10 +420,26 @@ class Watch:
         elif hashlib.sha256(envelope).digest() not in self._digests:
             self.broken.append(f"transcript {name} has a {message.LABEL} that nobody sent")
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of the file. It may be behind the database while a round ends; not when one begins."""
+        path = self._directory / "metrics.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        return [msgspec.json.decode(line, type=dict[str, Any]) for line in lines]
+
+    @property
+    def completed(self) -> set[int]:
+        """Rounds that completed, as the database has it."""
+        assert self.run is not None
+        lines = self.run.store.rounds(self.run.name)
+        return {line["round"] for line in lines if line["outcome"] == "completed"}
+
     def settled(self) -> None:
-        """The coordinator's files tell of every round once, in order, and of the model it led to."""
+        """The database tells of every round once, in order, and of the model it led to; so does the file
+        of metrics."""
+        assert self.run is not None
         try:
-            state, lines = self._run.state(), self._run.read_metrics()
+            state, lines = self.run.state(), self.run.store.rounds(self.run.name)
+            self.expect(self.metrics() == lines, "the file of metrics is not what the database has")
         except CoveyError as error:
             self.broken.append(f"the run cannot be read: {error}")
             return

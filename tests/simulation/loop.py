@@ -45,6 +45,7 @@ class Process:
         self._lives = 0
         self._lives_by = ""
         self.on_death: Callable[[str], None] = lambda where: None
+        self.key: Any = None  # its machine's identity
         self.tasks: list[Task] = []
         self.thread_s: Callable[[Any], float] = lambda pool: 0.0
         self._busy_until: dict[Any, float] = {}

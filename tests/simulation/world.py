@@ -26,6 +26,7 @@ from unittest import mock
 
 import numpy as np
 
+from covey_coordinator import store
 from covey_coordinator.config import (
     CohortConfig,
     DeadlinesConfig,
@@ -39,7 +40,7 @@ from covey_coordinator.registry import Registry
 from covey_coordinator.round import Completed, Moved
 from covey_coordinator.run import RoundOutcome, Run
 from covey_coordinator.service import CoordinatorService
-from covey_coordinator.store import Progress, RoundCounter, RunDirectory
+from covey_coordinator.store import Progress, RunDirectory, Store
 from covey_device.audit import Audit, AuditLog
 from covey_device.keystore import MemoryFile
 from covey_device.service import DeviceService
@@ -53,7 +54,8 @@ from covey_shared.plan import GraphRef, Hyperparameter, PlanHeader, TensorSpec, 
 from covey_shared.secagg.cohort import Trust
 from covey_shared.topics import OFFLINE, Topics
 from covey_shared.transport import Will
-from simulation import disk, faults
+from simulation import database, disk, faults
+from simulation.database import Database
 from simulation.disk import Disk
 from simulation.invariants import Watch
 from simulation.loop import RUNNING, Crash, Loop, Process
@@ -64,7 +66,7 @@ FLEET = "simulated"
 COORDINATOR = "coordinator"
 TOPICS = Topics(FLEET)
 NOW_UNIX = 1_900_000_000
-N_PARAMS = 24
+N_PARAMS = 60
 CHUNK_BYTES = 48
 """Small, so that a model and an update are several chunks."""
 ROUNDS = 1000
@@ -74,6 +76,8 @@ DEADLINES = DeadlinesConfig(
 TRAINING_S = (0.2, 2.0)
 SETTLE_S = 1.0
 """Once faults have stopped, for what is under way to come out."""
+RUN = "run"
+BETWEEN = "between"
 CALM_S = 240.0
 """In so much time after the last fault, a round must be called with everybody there, and complete."""
 RESTART_S = 2.0
@@ -95,7 +99,30 @@ class Verdict:
     rounds: int
     completed: int
     seconds: float
-    transcripts: int = 0
+    transcripts: int
+    interrupted: tuple["Interrupted", ...]
+    cut_short: tuple["CutShort", ...]
+
+
+@dataclass
+class CutShort:
+    """A device's death while updates were collected, after its own had begun to leave. summed: it is in
+    the sum; None: there is none."""
+
+    device: str
+    round_id: int
+    summed: bool | None = None
+
+
+@dataclass
+class Interrupted:
+    """A coordinator's death. phase: of the round that was open, or `between` two. point: before what.
+    round_id: 0 for none. completed: that round, in the end."""
+
+    phase: str
+    point: str
+    round_id: int
+    completed: bool = False
 
 
 @dataclass
@@ -115,6 +142,8 @@ class Machine:
     stopping: asyncio.Event | None = None
     power: bool = False
     back_s: float = RESTART_S
+    store: Store | None = None
+    database: Database | None = None
 
 
 class _Trainer:
@@ -200,7 +229,8 @@ def identity(name: str) -> tuple[bytes, bytes]:
 
 
 class World:
-    """One seed. kinds: of faults; None: those of the seed. traced: keep a trace."""
+    """One seed. kinds: of faults; None: those of the seed. planned: what goes wrong instead of what
+    chance has of these, given the devices. traced: keep a trace."""
 
     def __init__(
         self,
@@ -208,10 +238,12 @@ class World:
         directory: Path,
         *,
         kinds: tuple[str, ...] | None = None,
+        planned: Callable[[list[str]], list[faults.Fault]] | None = None,
         traced: bool = False,
     ) -> None:
         self.seed = str(seed)
         self.kinds = faults.enabled(self.seed) if kinds is None else kinds
+        self._planned = planned
         self.trace: list[str] = []
         self._place = f"{directory}/"  # is another each time, and in errors of files
         self._traced = traced
@@ -250,11 +282,19 @@ class World:
             keys.SigningKey(hashlib.sha256(b"identity ca").digest()).public,
             self.machines[COORDINATOR].identity.public,
         )
-        self.run_directory = RunDirectory.create(
-            directory / COORDINATOR / "run", b"", chance.randbytes(16)
+        path = directory / COORDINATOR / store.FILE
+        with Store.open(path) as fleet:
+            RunDirectory.create(directory / COORDINATOR / RUN, b"", chance.randbytes(16), fleet)
+        self.machines[COORDINATOR].database = Database(
+            path,
+            self.machines[COORDINATOR].disk,
+            forgetful="coordinator-power-cut" in self.kinds,
         )
         self.watch = Watch(
-            self.trust, bundle().initial, self.run_directory, self.config.transcripts.keep
+            self.trust,
+            bundle().initial,
+            directory / COORDINATOR / RUN,
+            self.config.transcripts.keep,
         )
         self.watch.on_call = self._called
         self.watch.left = {DeviceId(name): {} for name in self.devices}
@@ -263,13 +303,20 @@ class World:
         self.done = False
         self._ghosts: list[Process] = []
         self._entered: Counter[str] = Counter()  # how often the coordinator entered a phase
+        self._phase = BETWEEN
+        self.interrupted: list[Interrupted] = []
+        self.cut_short: list[CutShort] = []
         self._at_phase: dict[tuple[str, int], list[faults.Fault]] = {}
 
     # -- playing ----------------------------------------------------------------------------------
 
     def play(self) -> None:
         """Until a round has completed after all faults, or something is broken."""
-        for fault in faults.plan(self.seed, self.kinds, self.devices, COORDINATOR):
+        if self._planned is not None:
+            plan = self._planned(self.devices)
+        else:
+            plan = faults.plan(self.seed, self.kinds, self.devices, COORDINATOR)
+        for fault in plan:
             if fault.phase:
                 self._at_phase.setdefault((fault.phase, fault.nth), []).append(fault)
             else:
@@ -293,7 +340,7 @@ class World:
     def _end_of_the_world(self) -> None:
         if not self.watch.broken:
             self.watch.settled()
-            for line in self.run_directory.read_metrics():
+            for line in self.watch.metrics():
                 completed = line["outcome"] == "completed"
                 self.watch.transcript(line["index"], line["round"], completed=completed)
             for name in self.devices:
@@ -308,6 +355,15 @@ class World:
                 self._ghosts.append(machine.process)
         for process in self._ghosts:
             process.bury()
+        completed = self.watch.completed
+        for death in self.interrupted:
+            death.completed = death.round_id in completed
+        for upload in self.cut_short:
+            if (total := self.watch.sums.get(upload.round_id)) is not None:
+                upload.summed = upload.device in total.survivors
+        for machine in self.machines.values():
+            if machine.store is not None:
+                machine.store.close()
 
     def _calm(self) -> None:
         """From now on nothing goes wrong."""
@@ -374,6 +430,11 @@ class World:
         machine = self.machines[name]
         if machine.process is not None:
             return
+        if machine.store is not None:
+            machine.store.close()
+            machine.store = None
+        if machine.database is not None:
+            machine.database.recover()
         machine.lives += 1
         process = Process(self.loop, name, f"{self.seed}/{name}/{machine.lives}")
         process.on_death = lambda where: self._dies(machine, where)
@@ -387,6 +448,7 @@ class World:
             return chance.choice((0.0, 0.0, 0.0, 0.002, 0.02))
 
         process.thread_s = thread_s
+        process.key = machine.identity
         machine.process, machine.service = process, None
         machine.stopping = asyncio.Event()
         self._note(f"{name}: starts")
@@ -417,11 +479,20 @@ class World:
         self._note(f"{machine.name}: {why}")
         if machine.name == COORDINATOR:
             self.watch.disturb()
+            round_id = 0 if self._phase == BETWEEN else max(self.watch.calls, default=0)
+            point = why.removeprefix("dies before: ")
+            self.interrupted.append(Interrupted(self._phase, point, round_id))
+        elif self._phase == "collect":
+            round_id = max(self.watch.calls, default=0)
+            if (machine.name, round_id) in self.watch.announced:
+                self.cut_short.append(CutShort(machine.name, round_id))
         machine.process = None
         process.die()
         self._ghosts.append(process)
         if machine.power:
             machine.disk.power_cut()
+            if machine.database is not None:
+                machine.database.power_cut()
         client = self.network.clients.get(machine.name)
         if client is not None:
             # The operating system ends a process's connections, once what it had sent is through;
@@ -456,6 +527,7 @@ class World:
             process.bytes,
             witness,
             clock=lambda: self._unix(machine),
+            unfinished=memory.unfinished(self.trust, machine.identity.public, name),
         )
         machine.service = service = _Device(
             self,
@@ -471,7 +543,8 @@ class World:
             pool="protocol",
             train_pool="training",
             audit=Audit(
-                AuditLog(machine.disk.directory / "state", clock=lambda: self._unix(machine))
+                AuditLog(machine.disk.directory / "state", clock=lambda: self._unix(machine)),
+                steady=lambda: self.loop.now,
             ),
         )
         assert machine.stopping is not None
@@ -484,11 +557,14 @@ class World:
             {DeviceId(name): self.machines[name].identity.public for name in self.devices}
         )
         born = self.loop.now
+        machine.store = Store.open(directory / store.FILE)
+        run_directory = RunDirectory(directory / RUN, machine.store)
+        self.watch.run = run_directory
         machine.service = service = CoordinatorService(
             self.trust,
             machine.identity,
             Client(self.network, process, None),
-            RoundCounter(directory / "rounds"),
+            machine.store,
             registry=registry,
             rng=process.bytes,
             clock=lambda: self.loop.now - born,
@@ -500,7 +576,7 @@ class World:
         stopping = asyncio.create_task(machine.stopping.wait())
         try:
             run = await asyncio.to_thread(
-                _Run, RunDirectory(directory / "run"), self.config, bundle()
+                _Run, RunDirectory(directory / "run", machine.store), self.config, bundle()
             )
             playing = asyncio.create_task(service.play(run, on_sum=self._sum))
             await asyncio.wait({playing, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -522,12 +598,14 @@ class World:
         if isinstance(event, Moved):
             phase = event.phase.value
             self._note(f"{COORDINATOR}: phase {phase}: {event.detail}")
+            self._phase = phase
             self._entered[phase] += 1
             for fault in self._at_phase.get((phase, self._entered[phase]), ()):
                 self._later(fault.at_s, partial(self._begin, fault))
         elif isinstance(event, RoundOutcome):
             end = "completed" if event.completed else f"abandoned: {event.reason}"
             self._note(f"{COORDINATOR}: round {event.round_id} is over: {end}")
+            self._phase = BETWEEN
             self._outcome(event)
 
     def _sum(self, round_id: int, completed: Completed) -> None:
@@ -666,11 +744,12 @@ def play(
     seed: int,
     *,
     kinds: tuple[str, ...] | None = None,
+    planned: Callable[[list[str]], list[faults.Fault]] | None = None,
     traced: bool = False,
     place: Path | None = None,
 ) -> Verdict:
-    """Play one seed. The same seed and kinds give the same trace, whatever the machine. place: for its
-    files, which are removed."""
+    """Play one seed. The same seed and kinds give the same trace, whatever the machine. planned: see
+    `World`. place: for its files, which are removed."""
     directory = Path(tempfile.mkdtemp(prefix="covey-simulation-", dir=place or quick_place()))
     try:
         with (
@@ -681,9 +760,10 @@ def play(
         ):
             # What a process that dies was about to do is never done.
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-            world = World(seed, directory, kinds=kinds, traced=traced)
+            world = World(seed, directory, kinds=kinds, planned=planned, traced=traced)
             with (
                 disk.installed(lambda process: _disk_of(world, process)),
+                database.installed(lambda process: world.machines[process.name].database),
                 _logging(world, traced=traced),
             ):
                 world.play()
@@ -698,4 +778,6 @@ def play(
         completed=len(world.watch.results),
         seconds=world.loop.now,
         transcripts=len(world.watch.proven),
+        interrupted=tuple(world.interrupted),
+        cut_short=tuple(world.cut_short),
     )
