@@ -30,18 +30,16 @@ from covey_coordinator.phases import (
     Publish,
     RoundSpec,
 )
+from covey_coordinator.statements import abandonment, deliveries, head_of
 from covey_shared import keys, wire
 from covey_shared.errors import CoveyError, LocalProtocolError, RefusedError, RemoteProtocolError
-from covey_shared.fixedpoint import Encoding, pack
+from covey_shared.fixedpoint import pack
 from covey_shared.keys import AgreementKey, Rng, SigningKey
 from covey_shared.masking import Ring
 from covey_shared.messages import (
-    MAX_REASON_CHARS,
     CheckIn,
     Decline,
-    Delivery,
     DeviceId,
-    Head,
     Manifest,
     MaskedUpdate,
     Message,
@@ -58,8 +56,7 @@ from covey_shared.messages import (
 )
 from covey_shared.secagg import rules
 from covey_shared.secagg.aggregator import Aggregator, NotEnoughSharesError
-from covey_shared.secagg.cohort import Cohort, Trust, check_ins_digest
-from covey_shared.secagg.parameters import PRG, parameters_for
+from covey_shared.secagg.cohort import Cohort, Trust
 from covey_shared.wire import Signed
 
 __all__ = [
@@ -511,12 +508,8 @@ class Round:
     def _abandon(self, reason: str, blamed: tuple[DeviceId, ...] = ()) -> list[Action]:
         after_uploads = self.phase in (Phase.COLLECT, Phase.VIEW, Phase.UNMASK)
         self.phase = TRANSITIONS[self.phase][Event.TOO_FEW]
-        call = self.spec.call
-        notice = RoundAbandoned(
-            fleet=call.fleet, run=call.run, round=call.round, reason=reason[:MAX_REASON_CHARS]
-        )
         self._standing = []
-        said = Publish(self._said(notice))
+        said = Publish(self._said(abandonment(self.spec.call, reason)))
         self._record(Entered(Phase.ABANDONED))
         return [
             Moved(Phase.ABANDONED, reason),
@@ -576,7 +569,8 @@ class Round:
             )
         chosen = sorted(self._choose(sorted(self._check_ins), limit))
         envelopes = tuple(self._check_ins[device].envelope for device in chosen)
-        manifest = wire.sign(Manifest(self._head(envelopes, now_unix), envelopes), self._key)
+        head = head_of(spec, envelopes, self._reveal_key.public, now_unix)
+        manifest = wire.sign(Manifest(head, envelopes), self._key)
         try:
             return self._enter_share(manifest, now)
         except RemoteProtocolError as error:  # a certificate that ended while we gathered
@@ -608,49 +602,6 @@ class Round:
         keyed = sorted((self._rng(16), name) for name in names)
         return [name for _, name in keyed[:limit]]
 
-    def _head(self, envelopes: tuple[bytes, ...], now_unix: int) -> Head:
-        spec, call, n = self.spec, self.spec.call, len(envelopes)
-        encoding = Encoding(
-            value_bits=spec.value_bits,
-            n=n,
-            n_params=spec.n_params,
-            clip=spec.clip,
-            w_max=spec.w_max,
-            metric_clips=spec.metric_clips,
-        )
-        if (problem := encoding.problem()) is not None:
-            raise LocalProtocolError(f"this round cannot be encoded: {problem}")
-        parameters = parameters_for(n)
-        return Head(
-            fleet=call.fleet,
-            run=call.run,
-            round=call.round,
-            plan=call.plan,
-            model=call.model,
-            revision=call.revision,
-            check_ins=check_ins_digest(envelopes),
-            n=n,
-            n_params=spec.n_params,
-            value_bits=spec.value_bits,
-            bits=encoding.bits,
-            lane_bits=encoding.lane_bits,
-            prg=PRG,
-            degree=parameters.degree,
-            min_side=parameters.min_side,
-            committee=parameters.committee,
-            threshold=parameters.threshold,
-            n_min=call.n_min,
-            w_max=spec.w_max,
-            clip=spec.clip,
-            metric_clips=spec.metric_clips,
-            work=spec.work,
-            pk_reveal=self._reveal_key.public,
-            issued_unix=now_unix,
-            share_s=spec.share_s,
-            collect_s=spec.collect_s,
-            unmask_s=spec.unmask_s,
-        )
-
     def _end_share(self, now: float, now_unix: int) -> list[Action]:
         if not self._waited(now, self.spec.share_s):
             return []
@@ -663,21 +614,10 @@ class Round:
     def _enter_roster(self, now: float) -> list[Action]:
         cohort = self._cohort()
         self.roster = u2 = frozenset(self._shares)
-        bitmap = cohort.bitmap(u2)
+        boxes = {index: signed.message.boxes for index, signed in self._shares.items()}
         self._deliveries = [
-            Publish(
-                wire.sign(
-                    Delivery(
-                        h=cohort.h,
-                        member=peer.device,
-                        u2=bitmap,
-                        boxes=tuple(self._shares[i].message.boxes[peer.index] for i in sorted(u2)),
-                    ),
-                    self._key,
-                ),
-                to=peer.device,
-            )
-            for peer in cohort.peers
+            Publish(wire.sign(delivery, self._key), to=delivery.member)
+            for delivery in deliveries(cohort, boxes)
         ]
         return self._enter(Event.ENOUGH, now, f"{len(u2)} of {cohort.n} shared", *self._deliveries)
 

@@ -30,6 +30,7 @@ from covey_coordinator.registry import Registry
 from covey_coordinator.round import Round
 from covey_coordinator.run import RoundOutcome
 from covey_coordinator.spool import FileSink
+from covey_coordinator.statements import abandonment
 from covey_coordinator.store import OpenRound, Progress, Store
 from covey_coordinator.transcript import RoundScribe
 from covey_shared import wire
@@ -42,13 +43,9 @@ from covey_shared.errors import (
 )
 from covey_shared.keys import Rng, SigningKey
 from covey_shared.messages import (
-    MAX_REASON_CHARS,
     DeviceId,
     ManifestDigest,
     MaskedUpdate,
-    Message,
-    RoundAbandoned,
-    RoundCall,
     WantBlob,
     WantUpload,
 )
@@ -239,9 +236,8 @@ class RoundPlay:
 
     async def _lose(self, reason: str) -> None:
         """End a round whose machine is of no use."""
-        await self._hands.publish(
-            Publish(abandonment(self.machine.spec.call, reason, self._hands.key))
-        )
+        notice = abandonment(self.machine.spec.call, reason)
+        await self._hands.publish(Publish(wire.sign(notice, self._hands.key)))
         self._hands.show(Moved(Phase.ABANDONED, reason))
         self._outcome = Abandoned(reason, after_uploads=True)
 
@@ -439,11 +435,3 @@ class RoundPlay:
         """Send what `result` made, if it did. Lost or late, it costs nothing: the next call says the
         same."""
         await self._carry_out(self._result)
-
-
-def abandonment(call: RoundCall, reason: str, key: SigningKey) -> Signed[Message]:
-    """The word to devices that a round will not go on."""
-    notice = RoundAbandoned(
-        fleet=call.fleet, run=call.run, round=call.round, reason=reason[:MAX_REASON_CHARS]
-    )
-    return wire.sign(notice, key)

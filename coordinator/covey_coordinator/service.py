@@ -25,8 +25,9 @@ from covey_coordinator.phases import (
     encode_spec,
 )
 from covey_coordinator.registry import Registry
-from covey_coordinator.round_play import RoundPlay, Taken, abandonment
+from covey_coordinator.round_play import RoundPlay, Taken
 from covey_coordinator.run import RoundOutcome, Run
+from covey_coordinator.statements import abandonment
 from covey_coordinator.store import OpenRound, Progress, RunState, Store
 from covey_coordinator.transcript import RoundScribe, Scribe
 from covey_shared import wire
@@ -312,8 +313,8 @@ class CoordinatorService:
                 return opened, spec, Taken(tuple(entries), received)
             log.warning("round %d is not taken up again: %s", opened.round, problem)
             if spec is not None:
-                notice = abandonment(spec.call, "the coordinator went on with another", self.key)
-                await self.publish(Publish(notice))
+                notice = abandonment(spec.call, "the coordinator went on with another")
+                await self.publish(Publish(wire.sign(notice, self.key)))
             await self.stored(store.forget_round)
         round_id = await self.stored(store.next_round)
         model = run.model_digest
