@@ -72,6 +72,7 @@ def hasten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is waited for longer than it takes in memory."""
     monkeypatch.setattr(covey_coordinator.round_play, "TICK_S", 0.05)
     monkeypatch.setattr(covey_coordinator.service, "RETRY_STORAGE_S", 0.05)
+    monkeypatch.setattr(covey_coordinator.service, "CALL_ANYWAY_S", 0.1)
     monkeypatch.setattr(covey_coordinator.blobs, "GATHER_S", 0.02)
     monkeypatch.setattr(covey_device.blobs, "PATIENCE_S", 0.3)
 

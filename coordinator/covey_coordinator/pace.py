@@ -55,14 +55,23 @@ class Pacer:
         self._chance = 1.0
         self._expected = 0.0  # that many answers to the last call
 
-    def steer(self, present: int, limit: int, fetch_bytes: int, gather_s: float) -> Pace:
-        """For the next call. present: devices online. limit: most that are chosen. fetch_bytes: what each
-        has to fetch before it checks in. gather_s: for how long check-ins count."""
+    def steer(
+        self,
+        present: int,
+        limit: int,
+        fetch_bytes: int,
+        gather_s: float,
+        *,
+        known: int | None = None,
+    ) -> Pace:
+        """For the next call. present: devices online; known: those of them that joined the fleet, as
+        names that somebody made up must not keep others from being called. limit: most that are chosen.
+        fetch_bytes: what each has to fetch before it checks in. gather_s: for how long that counts."""
         capacity = self._capacity
-        wanted = _called(limit)
+        wanted, known = _called(limit), present if known is None else known
         chance = 1.0
-        if present > 2 * wanted:
-            chance = min(1.0, wanted / (present * self._share))
+        if known > 2 * wanted:
+            chance = min(1.0, wanted / (known * self._share))
         answering = present * chance
         self._chance, self._expected = chance, answering
         crowd = max(0.0, answering - SMALL)

@@ -62,6 +62,11 @@ class Registry:
         return frozenset(device for device in self._present if not self._shut_out(device))
 
     @property
+    def known(self) -> int:
+        """How many of those are present that joined the fleet."""
+        return len(self.present & self.identities.keys())
+
+    @property
     def gone(self) -> frozenset[DeviceId]:
         """Devices that the broker says are offline. Of others nothing is known."""
         return frozenset(self._gone)

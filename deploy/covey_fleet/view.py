@@ -76,7 +76,8 @@ class View:
                 self._bar.reset(self._phase, description=_DOING[phase], total=self._devices)
 
     def _progress(self, progress: RoundProgress) -> None:
-        doing = _DOING.get(Phase(progress.phase))
+        # between two rounds it is in none
+        doing = _DOING.get(Phase(progress.phase)) if progress.round else progress.phase
         if doing is not None:
             self._bar.update(
                 self._phase,

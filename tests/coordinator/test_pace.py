@@ -122,6 +122,13 @@ def test_devices_that_are_not_there_do_not_keep_the_others_out():
     assert pacer.steer(3004, 4, KB, 30.0).chance > 0.5
 
 
+def test_names_that_never_joined_are_no_reason_to_call_fewer():
+    pace = Pacer().steer(10_000, 4, KB, 30.0, known=100)
+    assert pace.chance == 1.0
+    assert pace.spread_s == 10.0  # who knows
+    assert Pacer().steer(10_000, 4, KB, 30.0, known=200).chance == LEAST_CALLED / 200
+
+
 def test_of_a_fleet_of_which_half_declines_twice_as_many_are_called():
     pacer = Pacer()
     first = pacer.steer(10_000, 128, KB, 30.0)

@@ -146,8 +146,8 @@ def paced(run: Run, **pace: float) -> Run:
     """The same run, whose calls steer the pace."""
     plain = run.spec
 
-    def spec(*args: Any) -> Any:
-        made = plain(*args)
+    def spec(*args: Any, **more: Any) -> Any:
+        made = plain(*args, **more)
         return replace(made, call=msgspec.structs.replace(made.call, **pace))
 
     run.spec = spec  # type: ignore[method-assign]
