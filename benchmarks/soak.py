@@ -48,6 +48,13 @@ from processes import free_port
 MOST_GROWTH = 0.10
 """Of resident memory, from the baseline to the end."""
 
+MOST_A_ROUND = {"coordinator": 16_000, "broker": 2_000, "devices": 8_000}
+"""Bytes by which resident memory may rise with each round of the second half, of runs long enough to tell:
+ten percent of 90 MB would hide a masked update of this plan (10 kB) or a model (19 kB) that is kept of
+every round."""
+
+LONG_ENOUGH = 300
+
 MOST_MORE = 2
 """Open files, threads and tasks at the end, beyond those at the baseline: what a moment may differ by."""
 
@@ -137,6 +144,20 @@ class Growth:
         """Of the resident memory at the end to that at the baseline."""
         before, after = self.memory("rss")
         return after / before
+
+    @property
+    def per_round(self) -> float:
+        """By how many bytes resident memory rose with each round of the second half: from the median of
+        its first quarter to that of its last."""
+        half = [s for s in self.samples if s.round > self.last // 2]
+        few = len(half) // 4
+        if not few:
+            return 0.0
+        (first, before), (last, after) = (
+            (statistics.median(s.round for s in part), statistics.median(s.rss for s in part))
+            for part in (half[:few], half[-few:])
+        )
+        return float((after - before) / (last - first))
 
     def counted(self, kind: str) -> tuple[int, int]:
         """The most of some rounds, at the baseline and at the end. kind: fds, threads, tasks, blocks."""
@@ -511,6 +532,17 @@ def rows_of(
                 worst.ratio <= limit,
             ),
         ]
+        if rounds >= LONG_ENOUGH:
+            most, bound = max(one.per_round for one in group), MOST_A_ROUND[name]
+            rows.append(
+                Row(
+                    f"{name}: resident, a round",
+                    most / 1e3,
+                    "kB",
+                    f"<= {bound / 1e3:g}",
+                    most <= bound,
+                )
+            )
         for kind, words in (("fds", "open files"), ("threads", "threads"), ("tasks", "tasks")):
             if kind == "tasks" and name == "broker":
                 continue
