@@ -12,6 +12,7 @@ from pathlib import Path
 from covey_device import config as configuration
 from covey_device import tls
 from covey_device.audit import Audit, AuditLog
+from covey_device.cache import BlobCache
 from covey_device.config import BrokerConfig, DeviceConfig, PolicyFile
 from covey_device.data.config import CsvData, IdxData, NpyData, NpzData, PythonData
 from covey_device.keystore import (
@@ -136,6 +137,18 @@ def audit_of(parts: DeviceParts) -> Audit:
     return Audit(AuditLog(parts.base / parts.config.state))
 
 
+def cache_of(parts: DeviceParts) -> BlobCache | None:
+    """Where plans and models are kept, back within its limit; None if its owner wants none."""
+    config, base = parts.config.cache, parts.base
+    directory = base / (config.directory or Path(parts.config.state, "cache"))
+    cache = BlobCache(directory, config.max_mb * 1_000_000)
+    if config.max_mb == 0:
+        cache.clear()
+        return None
+    cache.tidy()
+    return cache
+
+
 def steady_clock() -> Callable[[], float]:
     """Seconds since 1970 when this was called, and from then on only what really passed: whoever sets
     the clock of a running device, by NTP or otherwise, changes nothing."""
@@ -216,6 +229,7 @@ def assemble(parts: DeviceParts) -> DeviceService:
         train_pool=ThreadPoolExecutor(1, "covey-training"),
         policy=policy,
         audit=audit_of(parts),
+        cache=cache_of(parts),
     )
     if config.enrol is not None:
         service.renewal = Renewal(

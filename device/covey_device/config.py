@@ -53,6 +53,14 @@ class TrustConfig(Config, frozen=True):
     coordinator: HexKey
 
 
+class CacheConfig(Config, frozen=True):
+    """[cache]: plans and models that are kept on the disk. max_mb: what they may take; 0: none are.
+    directory: where; without one, `cache` in the state directory."""
+
+    max_mb: Annotated[int, Meta(ge=0, le=1_000_000)] = 200
+    directory: FileName | None = None
+
+
 class DeviceConfig(Config, frozen=True):
     """device.toml. Paths in it are relative to the file."""
 
@@ -66,6 +74,7 @@ class DeviceConfig(Config, frozen=True):
     state: FileName = "state"
     policy: FileName = DEFAULT_POLICY
     enrol: EnrolConfig | None = None
+    cache: CacheConfig = CacheConfig()
 
 
 class LimitsConfig(Config, frozen=True):

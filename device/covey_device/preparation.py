@@ -75,6 +75,8 @@ class Preparation:
                 f"the called model has {call.model_bytes} bytes; the plan's has "
                 f"{4 * header.n_params}"
             )
+        graph = bytes.fromhex(header.train.sha256)
+        self._blobs.hold((call.plan, graph, call.model))
         if self.model is None or self.model[0] != call.model:
             limit = min(4 * header.n_params, self.limits.max_resident_bytes)
             data = await self._blobs.fetch(call.model, call.model_bytes, limit=limit)

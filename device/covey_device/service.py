@@ -7,6 +7,7 @@ a thread of its own, so that a device in training still does its committee dutie
 
 import asyncio
 import contextlib
+import errno
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
@@ -30,6 +31,7 @@ from covey_device.actions import (
 )
 from covey_device.audit import Audit
 from covey_device.blobs import BlobFetcher, Ranges
+from covey_device.cache import BlobCache
 from covey_device.config import PolicyFile
 from covey_device.keystore import MemoryFile
 from covey_device.preparation import Preparation, TrainerFactory, tamed
@@ -82,6 +84,7 @@ class DeviceService:
     train_pool: threads for training; a simulated fleet shares one among its devices, so that no
     more train at once than there are cores. None: the event loop's own. policy: the owner's file, whose
     limits go before `limits`. audit: told of everything before it is done. Simulations have neither.
+    cache: of plans and models, on the disk.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class DeviceService:
         train_pool: Executor | None = None,
         policy: PolicyFile | None = None,
         audit: Audit | None = None,
+        cache: BlobCache | None = None,
     ) -> None:
         self._session = session
         self._identity = identity
@@ -123,7 +127,8 @@ class DeviceService:
         self._stop_training = threading.Event()
         self._training = asyncio.Lock()
         self._uploads = Uploads(self._send_frame)
-        self._blobs = BlobFetcher(transport, self._topics, self._ask)
+        self._cache = cache
+        self._blobs = BlobFetcher(transport, self._topics, self._ask, cache=cache, pool=pool)
         self.preparation = Preparation(
             self._blobs, make_trainer, limits=limits, rng=rng, pool=train_pool, policy=policy
         )
@@ -164,7 +169,9 @@ class DeviceService:
     async def close(self, *, graceful: bool = True) -> None:
         """Stop. graceful=False: as if the plug were pulled."""
         self._stop_training.set()
-        for task in [*self._tasks, *self._round_tasks]:
+        ours = asyncio.current_task()
+        tasks = [task for task in (*self._tasks, *self._round_tasks) if task is not ours]
+        for task in tasks:
             task.cancel()
         if graceful and self._connected:
             with contextlib.suppress(TransportError, TimeoutError):
@@ -173,6 +180,9 @@ class DeviceService:
                         self._topics.presence(self.device), OFFLINE, retain=True
                     )
         await self.transport.stop(graceful=graceful)
+        if graceful and tasks:
+            # One that renews has a process to end.
+            await asyncio.wait(tasks, timeout=GOODBYE_S)
 
     def _spawn(self, group: set[asyncio.Task[None]], work: Awaitable[None]) -> None:
         async def guarded() -> None:
@@ -365,7 +375,7 @@ class DeviceService:
                     log.debug("%s: too much waits to be sent; dropped an answer", self.device)
             case Save(memory):
                 if self._memory is not None:
-                    await self._in_thread(self._pool, lambda: self._memory_file().save(memory))
+                    await self._stored(lambda: self._memory_file().save(memory))
             case Keep(unfinished):
                 await self._keep(unfinished)
             case Forget():
@@ -401,12 +411,24 @@ class DeviceService:
         memory = self._memory
         if memory is not None:
             try:
-                await self._in_thread(self._pool, lambda: memory.keep(unfinished))
+                await self._stored(lambda: memory.keep(unfinished))
             except StorageError as error:
                 log.warning(
                     "%s: %s; the update is sent all the same, and would not survive a restart",
                     self.device, error,
                 )  # fmt: skip
+
+    async def _stored(self, write: Callable[[], None]) -> None:
+        """Write something that matters; on a full disk the cache gives way to it. Raises StorageError."""
+        try:
+            await self._in_thread(self._pool, write)
+        except StorageError as error:
+            cause, cache = error.__cause__, self._cache
+            full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+            if not full or cache is None or not await self._in_thread(self._pool, cache.clear):
+                raise
+            log.warning("%s: %s; the cache was emptied for it", self.device, error)
+            await self._in_thread(self._pool, write)
 
     def _memory_file(self) -> MemoryFile:
         if self._memory is None:

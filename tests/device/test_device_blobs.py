@@ -1,14 +1,22 @@
 """Fetching by hash: asks for what is missing, backs off, gives up, and believes only the hash."""
 
 import asyncio
+import contextlib
+import errno
 import hashlib
+import os
+import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from covey_device import blobs
 from covey_device.blobs import BlobFetcher
+from covey_device.cache import BlobCache
 from covey_shared import chunks
 from covey_shared.chunks import CHUNK_BYTES
 from covey_shared.errors import MalformedError, RefusedError
@@ -43,16 +51,19 @@ Answer = Callable[[BlobFetcher, int, tuple[tuple[int, int], ...]], None]
 class Bench:
     """A fetcher, what it asked for and when, and a coordinator that answers as told."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, cache: Path | None = None) -> None:
         self.transport = Subscriptions()
         self.asked: list[tuple[tuple[int, int], ...]] = []
         self.at: list[float] = []
         self._answer = answer
+        self.pool = ThreadPoolExecutor(1)
         self.fetcher = BlobFetcher(
             self.transport,  # type: ignore[arg-type]
             TOPICS,
             self._ask,
             jitter=lambda: 0.5,
+            cache=None if cache is None else BlobCache(cache, 10**9, reserve_bytes=0),
+            pool=self.pool,
         )
 
     async def _ask(self, digest: bytes, ranges: tuple[tuple[int, int], ...]) -> None:
@@ -155,8 +166,8 @@ def poisoned(index: int) -> bytes:
     return FRAMES[index][:-1] + bytes((FRAMES[index][-1] ^ 1,))
 
 
-@pytest.mark.parametrize("times", [1, 2], ids=["once", "twice"])
-def test_wrong_content_is_fetched_once_more_and_no_oftener(times: int):
+@pytest.mark.parametrize("times", [1, 4, 5])
+def test_wrong_content_is_fetched_again_a_few_times_with_growing_patience(times: int):
     def wrong(fetcher: BlobFetcher, time: int, ranges: Any) -> None:
         if time <= times:
             fetcher.feed(poisoned(0))
@@ -166,13 +177,137 @@ def test_wrong_content_is_fetched_once_more_and_no_oftener(times: int):
 
     async def scenario() -> None:
         bench = Bench(wrong)
-        if times == 1:
+        if times < blobs.MAX_WHOLE_ATTEMPTS:
             assert await bench.fetch() == DATA
         else:
             with pytest.raises(MalformedError, match=r"blob has digest .*, expected"):
                 await bench.fetch()
-        assert bench.asked == [((0, 4),)] * 2
+        attempts = min(times + 1, blobs.MAX_WHOLE_ATTEMPTS)
+        assert bench.asked == [((0, 4),)] * attempts
+        waits = [later - earlier for earlier, later in pairwise(bench.at)]
+        assert all(wait >= 0.02 * 2**k for k, wait in enumerate(waits))
         assert bench.transport.now == []
+
+    go(scenario())
+
+
+def test_what_is_still_on_its_way_of_a_wrong_attempt_does_not_spoil_the_next():
+    """A second copy of the wrong chunk arrives after the hash was found to be wrong."""
+
+    def wrong(fetcher: BlobFetcher, time: int, ranges: Any) -> None:
+        if time == 1:
+            fetcher.feed(poisoned(0))
+            everything(fetcher, time, ((1, 3),))
+            asyncio.get_running_loop().call_later(0.005, late, fetcher)
+        else:
+            everything(fetcher, time, ranges)
+
+    def late(fetcher: BlobFetcher) -> None:
+        with contextlib.suppress(MalformedError):
+            fetcher.feed(poisoned(0))
+
+    async def scenario() -> None:
+        bench = Bench(wrong)
+        assert await bench.fetch() == DATA
+        assert len(bench.asked) == 2
+
+    go(scenario())
+
+
+# -- with a cache ----------------------------------------------------------------------------------
+
+
+def in_cache(directory: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in directory.iterdir()}
+
+
+def test_what_is_in_the_cache_is_not_asked_for(tmp_path: Path):
+    async def scenario() -> None:
+        first = Bench(everything, tmp_path)
+        assert await first.fetch() == DATA
+        assert first.asked == [((0, 4),)]
+        again = Bench(everything, tmp_path)
+        assert await again.fetch() == DATA
+        assert again.asked == []
+        assert again.transport.ever == []
+        with pytest.raises(RefusedError, match="at most 1000"):
+            await again.fetch(limit=1000)
+        (tmp_path / DIGEST.hex()).write_bytes(DATA[:-1] + b"x")
+        assert await again.fetch() == DATA
+        assert again.asked == [((0, 4),)]
+        assert in_cache(tmp_path) == {DIGEST.hex(): len(DATA)}
+
+    go(scenario())
+
+
+@pytest.mark.parametrize("how", ["killed", "cancelled"])
+def test_only_missing_chunks_are_asked_for_after_a_restart(tmp_path: Path, how: str):
+    there, dead = tmp_path / "there", tmp_path / "dead"
+
+    def some(fetcher: BlobFetcher, time: int, ranges: Any) -> None:
+        if time == 1:
+            fetcher.feed(FRAMES[0])
+            fetcher.feed(FRAMES[2])
+
+    async def scenario() -> None:
+        first = Bench(some, there)
+        fetching = asyncio.create_task(first.fetch())
+        if how == "killed":
+            # What lies on the disk at this moment is what a killed process leaves.
+            have = there / f"{DIGEST.hex()}.have"
+            while not have.exists() or have.stat().st_size < 2 * 20:
+                await asyncio.sleep(0.005)
+            shutil.copytree(there, dead)
+        else:
+            while not first.asked:
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(0)
+        fetching.cancel()
+        await asyncio.wait({fetching})
+        await asyncio.get_running_loop().run_in_executor(first.pool, lambda: None)
+        again = Bench(everything, dead if how == "killed" else there)
+        assert await again.fetch() == DATA
+        assert again.asked == [((1, 1), (3, 1))]
+        assert in_cache(dead if how == "killed" else there) == {DIGEST.hex(): len(DATA)}
+        assert await Bench(everything, dead if how == "killed" else there).fetch() == DATA
+
+    go(scenario())
+
+
+def test_a_kept_download_that_was_wrong_is_fetched_anew(tmp_path: Path):
+    def wrong(fetcher: BlobFetcher, time: int, ranges: Any) -> None:
+        if time == 1:
+            fetcher.feed(poisoned(0))
+
+    async def scenario() -> None:
+        first = Bench(wrong, tmp_path)
+        fetching = asyncio.create_task(first.fetch())
+        while not first.asked:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0)
+        fetching.cancel()
+        await asyncio.wait({fetching})
+        await asyncio.get_running_loop().run_in_executor(first.pool, lambda: None)
+        again = Bench(everything, tmp_path)
+        assert await again.fetch() == DATA
+        assert again.asked == [((1, 3),), ((0, 4),)]
+        assert in_cache(tmp_path) == {DIGEST.hex(): len(DATA)}
+
+    go(scenario())
+
+
+def test_a_disk_that_is_full_costs_no_blob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def scenario() -> None:
+        bench = Bench(everything, tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", full)
+            assert await bench.fetch() == DATA
+        assert in_cache(tmp_path) == {}
+        assert await bench.fetch() == DATA
+        assert in_cache(tmp_path) == {DIGEST.hex(): len(DATA)}
 
     go(scenario())
 
