@@ -45,6 +45,8 @@ def main() -> int:
         )
         return int(bool(verdict.broken))
     tally = play_many(range(given.first, given.first + given.seeds), given.jobs, print)
+    for line in tally.coverage():
+        print(line)
     for verdict in (tally.broken or [])[:1]:
         print(report(verdict))
     for verdict in (tally.broken or [])[1:]:

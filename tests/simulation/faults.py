@@ -16,7 +16,7 @@ KINDS = (
     "coordinator-partition", "broker", "disk", "coordinator-disk", "clock", "training",
 )  # fmt: skip
 
-CHAOS_S = (8.0, 30.0)
+CHAOS_S = (6.0, 20.0)
 """For how long things go wrong."""
 DAY_S = 86_400.0
 PHASES = ("gather", "share", "roster", "collect", "view", "unmask", "done")

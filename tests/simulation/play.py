@@ -5,12 +5,14 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from simulation.world import Verdict, play, quick_place
+from covey_coordinator.phases import Phase
+from simulation.world import BETWEEN, Verdict, play, quick_place
 
 TAIL = 60
 """Lines of the trace that a failure is shown with."""
@@ -25,6 +27,8 @@ class Tally:
     completed: int = 0
     transcripts: int = 0
     virtual_s: float = 0.0
+    deaths: Counter[tuple[str, str]] = field(default_factory=Counter)
+    survived: Counter[str] = field(default_factory=Counter)
     broken: list[Verdict] | None = None
 
     def add(self, verdict: Verdict) -> None:
@@ -33,8 +37,27 @@ class Tally:
         self.completed += verdict.completed
         self.transcripts += verdict.transcripts
         self.virtual_s += verdict.seconds
+        for death in verdict.interrupted:
+            self.deaths[death.phase, death.point] += 1
+            self.survived[death.phase] += death.completed
         if verdict.broken:
             self.broken = [*(self.broken or []), verdict]
+
+    def coverage(self) -> Iterator[str]:
+        """Lines: in which phases the coordinator died, before what, and what became of those rounds."""
+        points = sorted({point for _, point in self.deaths})
+        if not points:
+            return
+        yield f"the coordinator's deaths, in {len(self.deaths)} pairs of a phase and what it was about to do:"
+        for phase in (*(phase.value for phase in Phase if phase is not Phase.ABANDONED), BETWEEN):
+            of_phase = {point: n for (p, point), n in self.deaths.items() if p == phase}
+            if not of_phase:
+                yield f"{phase:>8}: none"
+                continue
+            n, most = sum(of_phase.values()), sorted(of_phase, key=lambda p: -of_phase[p])
+            rest = f"; {self.survived[phase]} of these rounds completed" if phase != BETWEEN else ""
+            yield f"{phase:>8}: {n} before {len(of_phase)} of {len(points)} effects{rest}"
+            yield f"{'':10}{', '.join(f'{point} {of_phase[point]}' for point in most)}"
 
     def __str__(self) -> str:
         return (
@@ -59,8 +82,9 @@ def verdicts(seeds: Iterable[int], jobs: int) -> Iterator[Verdict]:
 
 
 def _alone() -> None:
-    """What was imported never becomes garbage, and need not be looked at."""
+    """What was imported never becomes garbage, and need not be looked at; the rest seldom."""
     gc.freeze()
+    gc.set_threshold(20_000, 10, 50)
 
 
 def shrunk(seed: int, kinds: tuple[str, ...], broken: str) -> tuple[str, ...]:

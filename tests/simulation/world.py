@@ -42,6 +42,7 @@ from covey_coordinator.run import RoundOutcome, Run
 from covey_coordinator.service import CoordinatorService
 from covey_coordinator.store import Progress, RunDirectory, Store
 from covey_device.audit import Audit, AuditLog
+from covey_device.cache import BlobCache
 from covey_device.keystore import MemoryFile
 from covey_device.service import DeviceService
 from covey_device.session import Action, Fetch, Policy, Save, Session, StopTraining, Train
@@ -78,8 +79,9 @@ SETTLE_S = 1.0
 """Once faults have stopped, for what is under way to come out."""
 RUN = "run"
 BETWEEN = "between"
-CALM_S = 240.0
-"""In so much time after the last fault, a round must be called with everybody there, and complete."""
+CALM_S = 400.0
+"""In so much time after the last fault, a round must be called with everybody there, and complete. A
+coordinator that takes too few devices to be there calls all the same after five minutes."""
 RESTART_S = 2.0
 """After this, whoever looks after a process starts it again."""
 
@@ -270,6 +272,8 @@ class World:
                 full_rounds=chance.choice((1, 3, 10)),
             ),
         )
+        # None, one that has room for a model or two and the plan, and one that never fills up.
+        self.cache_bytes = chance.choice((0, 1500, 10**6))
         self.machines: dict[str, Machine] = {}
         for name in (*self.devices, COORDINATOR):
             place = directory / name
@@ -301,6 +305,7 @@ class World:
         self.calm_since: float | None = None
         self._awaited: int | None = None  # the round that must complete
         self.done = False
+        self.completed: set[int] = set()  # rounds, at the end
         self._ghosts: list[Process] = []
         self._entered: Counter[str] = Counter()  # how often the coordinator entered a phase
         self._phase = BETWEEN
@@ -355,9 +360,9 @@ class World:
                 self._ghosts.append(machine.process)
         for process in self._ghosts:
             process.bury()
-        completed = self.watch.completed
+        self.completed = self.watch.completed
         for death in self.interrupted:
-            death.completed = death.round_id in completed
+            death.completed = death.round_id in self.completed
         for upload in self.cut_short:
             if (total := self.watch.sums.get(upload.round_id)) is not None:
                 upload.summed = upload.device in total.survivors
@@ -480,7 +485,9 @@ class World:
         if machine.name == COORDINATOR:
             self.watch.disturb()
             round_id = 0 if self._phase == BETWEEN else max(self.watch.calls, default=0)
-            point = why.removeprefix("dies before: ")
+            point = {"dies": "nothing", "ended": "being stopped"}.get(
+                why, why.removeprefix("dies before: disk: ").removeprefix("dies before: ")
+            )
             self.interrupted.append(Interrupted(self._phase, point, round_id))
         elif self._phase == "collect":
             round_id = max(self.watch.calls, default=0)
@@ -529,6 +536,10 @@ class World:
             clock=lambda: self._unix(machine),
             unfinished=memory.unfinished(self.trust, machine.identity.public, name),
         )
+        cache = None
+        if self.cache_bytes:
+            cache = BlobCache(machine.disk.directory / "state" / "cache", self.cache_bytes)
+            cache.tidy()
         machine.service = service = _Device(
             self,
             process,
@@ -546,6 +557,7 @@ class World:
                 AuditLog(machine.disk.directory / "state", clock=lambda: self._unix(machine)),
                 steady=lambda: self.loop.now,
             ),
+            cache=cache,
         )
         assert machine.stopping is not None
         await service.run(machine.stopping)
@@ -775,7 +787,7 @@ def play(
         broken=tuple(line.replace(f"{directory}/", "") for line in world.watch.broken),
         trace=tuple(world.trace),
         rounds=len(world.watch.calls),
-        completed=len(world.watch.results),
+        completed=len(world.completed),
         seconds=world.loop.now,
         transcripts=len(world.watch.proven),
         interrupted=tuple(world.interrupted),
