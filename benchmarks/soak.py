@@ -55,6 +55,9 @@ every round."""
 
 LONG_ENOUGH = 300
 
+CACHE, CACHE_MB = "state/cache", 1
+"""Where a device keeps plans and models, and what they may take here: full after some fifty rounds."""
+
 MOST_MORE = 2
 """Open files, threads and tasks at the end, beyond those at the baseline: what a moment may differ by."""
 
@@ -102,7 +105,8 @@ COVEY_DEVICE = PROBE + "from covey_device.cli import main\nmain()"
 class Sample:
     """A process after a round. Memory in bytes; uss and pss, and disk, are not read every time.
 
-    tasks, blocks: as the process itself says; 0 for one that is not Python's. disk: of its directory.
+    tasks, blocks: as the process itself says; 0 for one that is not Python's. disk: of its directory,
+    without what a device caches, which is `cache`.
     """
 
     round: int
@@ -114,6 +118,7 @@ class Sample:
     uss: int | None = None
     pss: int | None = None
     disk: int | None = None
+    cache: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +227,7 @@ class Process:
                     uss=memory.uss if full else None,
                     pss=memory.pss if full else None,
                     disk=size_of(self.disk, self.without) if full and self.disk else None,
+                    cache=size_of(self.disk / CACHE) if full and self.disk else None,
                 )
             )
 
@@ -247,9 +253,9 @@ class Process:
 def size_of(directory: Path, without: tuple[str, ...] = ()) -> int:
     """Bytes of all files below it; those come and go while it is read."""
     total = 0
+    left_out = {directory / path for path in without}
     for folder, names, files in os.walk(directory):
-        if Path(folder) == directory:
-            names[:] = [name for name in names if name not in without]
+        names[:] = [name for name in names if Path(folder) / name not in left_out]
         for file in files:
             with contextlib.suppress(OSError):
                 total += (Path(folder) / file).stat().st_size
@@ -289,6 +295,8 @@ class Fleet:
             data, own = self.path / f"{name}.npz", train.take(part)
             np.savez(data, features=own.features, labels=own.labels)
             self._command("device", "add", name, "--data", data, "--fleet-dir", self.fleet)
+            with (self.fleet / "devices" / name / "device.toml").open("a") as config:
+                config.write(f"\n[cache]\nmax_mb = {CACHE_MB}\n")
         np.savez(self.path / "test.npz", features=test.features, labels=test.labels)
 
     def start(self) -> None:
@@ -300,7 +308,7 @@ class Fleet:
         for name in self.names:
             directory = self.fleet / "devices" / name
             device = self._start(name, COVEY_DEVICE, "run", "--config", directory / "device.toml")
-            device.disk = directory
+            device.disk, device.without = directory, (CACHE,)
         (broker,) = [p for p in up.process.children() if "mosquitto" in p.name()]
         self.processes.insert(1, Process("broker", broker))
 
@@ -555,6 +563,9 @@ def rows_of(
         if name in disk and group:
             most, bound = max(one.disk_per_round for one in group), disk[name]
             rows.append(Row(f"{name}: disk, a round", most, "B", f"<= {bound}", most <= bound))
+    cached = max((s.cache or 0 for one in groups[2][1] for s in one.samples), default=0)
+    limit_mb = f"<= {CACHE_MB}"
+    rows.append(Row("devices: cache", cached / 1e6, "MB", limit_mb, cached <= CACHE_MB * 10**6))
     since = [(n, size) for n, size in played.run_disk if n >= baseline]
     if len(since) > 1:
         kept = (since[-1][1] - since[0][1]) / (since[-1][0] - since[0][0])

@@ -34,6 +34,7 @@ def broken(soak: ModuleType, name: str, rss: Callable[[int], float], **more: Any
             rss=int(rss(n)),
             **{kind: more.get(kind, lambda n, v=value: v)(n) for kind, value in usual.items()},
             disk=int(more.get("disk", lambda n: 0)(n)),
+            cache=int(more.get("cache", lambda n: 0)(n)),
         )
         for n in range(1, ROUNDS + 1)
     ]
@@ -88,4 +89,6 @@ def test_what_is_counted_may_not_grow(soak: ModuleType, kind: str, words: str) -
 def test_disks_and_abandoned_rounds_count(soak: ModuleType) -> None:
     assert broken(soak, "pi-01", steady, disk=lambda n: 2200 * n) == set()
     assert broken(soak, "pi-01", steady, disk=lambda n: 5000 * n) == {"devices: disk, a round"}
+    assert broken(soak, "pi-01", steady, cache=lambda n: min(19_000 * n, 990_000)) == set()
+    assert broken(soak, "pi-01", steady, cache=lambda n: 19_000 * n) == {"devices: cache"}
     assert broken(soak, "pi-01", steady, completed=ROUNDS - 1) == {"rounds completed"}
