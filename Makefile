@@ -8,6 +8,10 @@ ARGS ?=
 JOBS ?= 2
 SEEDS ?= 1000
 FIRST ?= 0
+ROUNDS ?= 200
+SECONDS ?=
+SEED ?= 1
+FUZZ_S ?= 60
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # pip warns about configured locations that do not hold a package; what matters is its exit status.
 QUIET := --quiet --quiet
@@ -30,6 +34,11 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	@$(PIP) install $(QUIET) --editable '.[demo]'
 	@touch $@
 
+$(VENV)/.fuzz: pyproject.toml | setup
+	@echo "installing covey[fuzz] into $(VENV) ..."
+	@$(PIP) install $(QUIET) --editable '.[fuzz]'
+	@touch $@
+
 .PHONY: setup
 setup: $(VENV)/.dev ## everything for development, into .venv
 
@@ -48,6 +57,15 @@ test-slow: setup ## the tests that take longer
 .PHONY: simulate
 simulate: setup ## both sides under made-up faults, each from a seed (SEEDS=10000, FIRST=0)
 	@cd tests && ../$(BIN)/python -m simulation --seeds $(SEEDS) --first $(FIRST) $(ARGS)
+
+.PHONY: fuzz
+fuzz: $(VENV)/.fuzz ## coverage-guided fuzzing of all that reads others' bytes (FUZZ_S=60 seconds for each target)
+	@cd tests && ../$(BIN)/python -m fuzz --seconds $(FUZZ_S) $(ARGS)
+
+.PHONY: chaos
+chaos: setup ## a real broker, coordinator and devices, killed and cut off at random (ROUNDS=200, SEED=1, SECONDS=)
+	@cd tests && ../$(BIN)/python -m chaos --seed $(SEED) \
+		$(if $(SECONDS),--seconds $(SECONDS),--rounds $(ROUNDS)) $(ARGS)
 
 .PHONY: check
 check: setup ## ruff, mypy (strict) and the architecture's laws
@@ -85,6 +103,10 @@ benchmarks: setup ## the benchmarks, with their bounds
 	@$(BIN)/python benchmarks/join.py
 	@$(BIN)/python benchmarks/transcript.py
 
+.PHONY: soak
+soak: setup ## 500 rounds with 20 devices in one go: what every process holds after each (ARGS="--rounds 100")
+	@$(BIN)/python benchmarks/soak.py $(ARGS)
+
 .PHONY: attacks
 attacks: setup ## every attack on a round, in memory and over a real mosquitto, and what becomes of it
 	@$(BIN)/python -m pytest tests/attacks -m "not slow" -n $(JOBS) -q --no-header --listing $(ARGS)
@@ -95,4 +117,4 @@ mutants: setup ## remove each check of the protocol in turn: some test must go r
 
 .PHONY: clean
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache covey-demo
+	rm -rf $(VENV) .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache covey-demo
