@@ -9,6 +9,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
+import covey_device.blobs
 from attacks.programs.broker import (
     CrossedInboxes,
     FirstOfEach,
@@ -69,8 +70,9 @@ def test_the_first_copy_of_every_message(what, stage, real_broker, outcome):
     go(scenario())
 
 
-def test_a_bit_is_flipped_in_the_model(stage, real_broker, outcome):
+def test_a_bit_is_flipped_in_the_model(stage, real_broker, outcome, monkeypatch):
     """Devices notice, and leave the round; the next one is as if nothing had been."""
+    monkeypatch.setattr(covey_device.blobs, "MAX_WHOLE_ATTEMPTS", 2)
 
     async def scenario():
         async with HostileBroker(upstream(real_broker)) as hostile:
@@ -85,7 +87,7 @@ def test_a_bit_is_flipped_in_the_model(stage, real_broker, outcome):
                     return [message.changed(message.payload[:-8] + chance.randbytes(8))]
 
                 hostile.tamper = tamper
-                deadlines = msgspec.structs.replace(QUICK, gather_s=1.5)
+                deadlines = msgspec.structs.replace(QUICK, gather_s=5.0)
                 state = await fleet.play(fleet.run(patient(2, deadlines=deadlines), "other"))
                 first, second = fleet.outcomes
                 assert first.completed is None
