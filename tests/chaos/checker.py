@@ -353,12 +353,12 @@ def alarms(log: Path) -> list[str]:
     ]
 
 
-def left_behind(directory: Path) -> list[str]:
-    """Half-written files that nobody came back to."""
+def left_behind(directory: Path, *, but: Path | None = None) -> list[str]:
+    """Half-written files that nobody came back to. but: where an open round has its own."""
     return [
         f"{path.relative_to(directory)} was left behind"
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and LEFT_BEHIND.search(path.name)
+        if path.is_file() and LEFT_BEHIND.search(path.name) and path.parent != but
     ]
 
 

@@ -5,6 +5,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 import psutil
@@ -102,6 +103,8 @@ class Monkey:
 
     def _lock_of(self, fault: Fault) -> asyncio.Lock:
         """One fault at a time for each process, and one for each way to the broker."""
+        if fault.kind == "kill all":
+            return self.stage.broker.turn  # the others' as well, see there
         if fault.kind.startswith(("kill", "stop", "fill")):
             return self._part(fault.target).turn
         return self._links.setdefault(fault.target, asyncio.Lock())
@@ -114,13 +117,18 @@ class Monkey:
         match fault.kind:
             case "kill" | "kill and wipe":
                 await self._killed(self._part(fault.target), seconds, "wipe" in fault.kind)
-            case "kill both":
-                async with stage.coordinator.turn:
-                    self.ails["coordinator"] += 1
-                    await stage.coordinator.kill()
-                    await self._killed(stage.broker, seconds, True)
-                    await self._started(stage.coordinator)
-                    self.ails["coordinator"] -= 1
+            case "kill thrice":
+                part = self._part(fault.target)
+                for _ in range(2):
+                    await part.kill()
+                    await part.start()
+                    await asyncio.sleep(seconds)
+                await self._killed(part, 0.0, False)
+            case "kill both" | "kill all":
+                others: list[Part] = [stage.coordinator]
+                if fault.kind == "kill all":
+                    others += stage.devices
+                await self._killed_together(others, seconds)
             case "stop":
                 part = self._part(fault.target)
                 part.stop()
@@ -130,6 +138,19 @@ class Monkey:
                 await self._filled(self._part(fault.target), seconds)
             case _:
                 await self._network(fault)
+
+    async def _killed_together(self, others: list[Part], seconds: float) -> None:
+        """The broker, which forgets everything, and these."""
+        async with AsyncExitStack() as stack:
+            for part in others:
+                await stack.enter_async_context(part.turn)
+                self.ails[part.name] += 1
+                stack.callback(self.ails.subtract, [part.name])
+            for part in others:
+                await part.kill()
+            await self._killed(self.stage.broker, seconds, True)
+            for part in others:
+                await self._started(part)
 
     async def _killed(self, part: Part, seconds: float, wipe: bool) -> None:
         await part.kill()

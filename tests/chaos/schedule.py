@@ -53,7 +53,7 @@ KINDS = (
     Kind("kill", "device", 12, 0.0, 3.0, at_least=1),
     Kind("stop", "coordinator", 8, 0.5, 4.0),
     Kind("stop", "broker", 6, 0.5, 3.0),
-    Kind("stop", "device", 2, 0.5, 5.0),
+    Kind("stop", "device", 2, 0.5, 9.0),
     Kind("cut", "coordinator", 6, 0.0, 0.0),
     Kind("refuse", "coordinator", 3, 0.5, 2.0),
     Kind("stall", "coordinator", 5, 0.5, 4.0),
@@ -62,14 +62,18 @@ KINDS = (
     Kind("refuse", "device", 0.8, 0.5, 3.0),
     Kind("stall", "device", 1.5, 0.5, 5.0),
     Kind("delay", "device", 1, 2.0, 6.0),
-    Kind("unplug", "device", 2, 0.5, 6.0),
+    Kind("unplug", "device", 2, 0.5, 10.0),
     Kind("shape", "device", 1, 2.0, 6.0),
     Kind("unplug", "all", 4, 0.5, 3.0),
     Kind("fill", "coordinator", 8, 0.5, 4.0),
     Kind("fill", "device", 1.5, 0.5, 4.0),
+    Kind("kill thrice", "coordinator", 4, 0.1, 0.8),
+    Kind("kill thrice", "device", 0.5, 0.1, 1.0),
     Kind("kill both", "broker", 4, 0.0, 0.5),
+    Kind("kill all", "all", 3, 0.0, 1.0),
 )
-"""Of a network that cannot be unplugged or shaped, the proxy stalls or delays."""
+"""kill thrice: and twice more while it starts. kill both: the coordinator as well. kill all: a power cut for
+everybody. Of a network that cannot be unplugged or shaped, the proxy stalls or delays."""
 
 
 def draw(seed: int, rounds: int, devices: list[str], *, only_kills: bool = False) -> list[Fault]:

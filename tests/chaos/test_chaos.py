@@ -182,6 +182,7 @@ def test_alarms_and_what_was_left_behind(tmp_path: Path) -> None:
     for name in (".state.json.new", ".transcript.part", "state.json"):
         (tmp_path / name).touch()
     assert len(left_behind(tmp_path)) == 2
+    assert left_behind(tmp_path, but=tmp_path) == []
 
 
 # -- the checker must be able to fail --------------------------------------------------------------
