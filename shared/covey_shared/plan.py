@@ -110,7 +110,7 @@ def decode_header(data: bytes) -> PlanHeader:
     try:
         header = msgspec.json.decode(data, type=PlanHeader)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise MalformedError(f"plan header: {error}") from error
+        raise MalformedError(f"plan header: {_shortened(str(error))}") from error
     if header.format != FORMAT:
         raise MalformedError(
             f"plan header has format {header.format}, this covey reads {FORMAT}: "
@@ -132,6 +132,11 @@ def decode_header(data: bytes) -> PlanHeader:
     if encode_header(header) != data:
         raise MalformedError("plan header is not in canonical form")
     return header
+
+
+def _shortened(words: str) -> str:
+    """An error that may quote a name of any length; it ends with where that stands."""
+    return words if len(words) <= 300 else f"{words[:150]} ... {words[-100:]}"
 
 
 def plan_hash(header: bytes) -> PlanHash:

@@ -127,6 +127,12 @@ def test_what_a_header_may_not_say(fields, message):
         decode_header(changed(**fields))
 
 
+def test_an_error_quotes_no_more_of_a_header_than_a_line_holds():
+    with pytest.raises(MalformedError, match="unknown field `xxx") as caught:
+        plan.decode_header(b'{"' + b"x" * 100_000 + b'": 1}')
+    assert len(str(caught.value)) < 400
+
+
 @given(st.binary(max_size=300))
 def test_arbitrary_bytes_raise_nothing_else(data):
     with pytest.raises(MalformedError):
