@@ -23,10 +23,17 @@ MAX_SHOWN = 20
 
 # Where the larger commands are. Loaded when they are asked for: the compiler's pulls in torch.
 ELSEWHERE = {
+    "abort": "covey_coordinator.runs_command:abort",
+    "backup": "covey_coordinator.runs_command:backup",
     "ca": "covey_coordinator.ca_command:ca",
     "broker": "covey_coordinator.broker.command:broker",
     "device": "covey_coordinator.device_command:device",
+    "pause": "covey_coordinator.runs_command:pause",
     "plan": "covey_coordinator.plans.command:plan",
+    "resume": "covey_coordinator.runs_command:resume",
+    "rollback": "covey_coordinator.runs_command:rollback",
+    "rounds": "covey_coordinator.runs_command:rounds",
+    "runs": "covey_coordinator.runs_command:runs",
     "transcript": "covey_coordinator.transcript_command:transcript",
     "verify": "covey_coordinator.transcript_command:verify_command",
 }
@@ -254,14 +261,15 @@ def run(plan: Path, name: str | None, detach: bool, fleet_dir: Path, **options: 
 @main.command(short_help="The fleet at a glance.")
 @fleet_option
 def status(fleet_dir: Path) -> None:
-    """The fleet at a glance: broker, devices, runs."""
+    """The fleet at a glance: broker, devices, the open round, runs."""
     from rich.console import Console
     from rich.table import Table
 
     from covey_coordinator.config import load_fleet
     from covey_coordinator.fleet import FleetDirectory
+    from covey_coordinator.runs_view import note_of, open_round, standing
     from covey_coordinator.status import read_status
-    from covey_coordinator.store import FILE, Store
+    from covey_coordinator.store import FILE, RunDirectory, Store
 
     config, now = load_fleet(fleet_dir), read_status(fleet_dir)
     click.echo(f"fleet {config.fleet} in {fleet_dir.absolute()}")
@@ -279,25 +287,25 @@ def status(fleet_dir: Path) -> None:
             "the fleet CA's key is on this machine, beside the coordinator's: whoever takes it over "
             "can invent devices, and sum one real device among them"
         )
-    with Store.open(fleet_dir / FILE) as store:
-        runs = store.runs()
-    if not runs:
+    if not (fleet_dir / FILE).exists():
         click.echo("no runs yet: covey run PLAN")
         return
+    with Store.open(fleet_dir / FILE) as store:
+        records, opened = store.records(), store.opened()
+        if not records:
+            click.echo("no runs yet: covey run PLAN")
+            return
+        if opened is not None:
+            directory = RunDirectory(fleet_dir / "runs" / opened.run, store)
+            click.echo(f"open round: {open_round(opened, directory.progress(), now)}")
     table = Table(box=None)
     for column in ("run", "status", "rounds", "completed", "abandoned", "note"):
         table.add_column(column)
-    for name, state in runs:
-        shown = "interrupted" if now is None and state.status == "running" else state.status
-        note = state.message
-        if state.transcripts_lost:
-            lost = (
-                f"{state.transcripts_lost} rounds without a transcript: {state.transcript_problem}"
-            )
-            note = f"{note}; {lost}" if note else lost
+    for record in records:
+        state = record.state
         table.add_row(
-            name, shown, str(state.rounds_done), str(state.rounds_completed),
-            str(state.rounds_abandoned), note,
+            record.name, standing(record, now is not None), str(state.rounds_done),
+            str(state.rounds_completed), str(state.rounds_abandoned), note_of(record),
         )  # fmt: skip
     Console().print(table)
 

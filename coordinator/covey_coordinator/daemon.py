@@ -6,7 +6,6 @@ run that was running goes on where it stood.
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import time
 import zipfile
@@ -26,17 +25,22 @@ from covey_coordinator.config import (
     load_fleet,
 )
 from covey_coordinator.enrolment import enrolment_of
-from covey_coordinator.files import storage_error
 from covey_coordinator.fleet import FleetDirectory
 from covey_coordinator.follow import describe, ending
 from covey_coordinator.kept_broker import broker_of
+from covey_coordinator.operating import locked
+from covey_coordinator.phases import decode_spec
 from covey_coordinator.plans.bundle import load_bundle
 from covey_coordinator.plans.signing import read_signatures
 from covey_coordinator.registry import Registry
+from covey_coordinator.round import Publish
 from covey_coordinator.run import HeldOut, RoundOutcome, Run
 from covey_coordinator.service import CoordinatorService, Observer
-from covey_coordinator.store import FILE, Progress, RunDirectory, Store
-from covey_shared.errors import ConfigError, CoveyError, DataError
+from covey_coordinator.statements import abandonment
+from covey_coordinator.store import FILE, Progress, RunDirectory, RunRecord, RunState, Store, Wish
+from covey_coordinator.store.takeover import catch_up
+from covey_shared import wire
+from covey_shared.errors import ConfigError, CoveyError, DataError, StorageError
 from covey_shared.messages import DeviceId
 from covey_shared.mqtt import MqttTransport
 
@@ -44,21 +48,30 @@ log = logging.getLogger("covey.coordinator")
 
 POLL_S = 0.5
 SHOW_S = 0.3
+LOCK_S = 1.0
+RETRY_STORAGE_S = 5.0
+
+
+ASKED: dict[Wish, str] = {
+    "": "to go on after all",
+    "pause": "to be paused when its open round is over",
+    "pause now": "to be paused; its open round is abandoned",
+    "abort": "to be aborted; its open round is abandoned",
+}
 
 
 @contextlib.contextmanager
 def only_one(path: Path) -> Iterator[None]:
     """Hold the fleet's lock. Raises ConfigError if another `covey up` has it, StorageError."""
-    try:
-        lock = (path / ".lock").open("w")
-    except OSError as error:
-        raise storage_error("write", path / ".lock", error) from error
-    with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another `covey up` runs in {path}; stop it first") from None
-        yield
+    deadline = time.monotonic() + LOCK_S  # commands such as `covey pause` hold it for a moment
+    while True:
+        with locked(path) as alone:
+            if alone:
+                yield
+                return
+        if time.monotonic() > deadline:
+            raise ConfigError(f"another `covey up` runs in {path}; stop it first")
+        time.sleep(0.05)
 
 
 def known_devices(fleet: FleetDirectory) -> Registry:
@@ -123,6 +136,8 @@ class Daemon:
         """Run until `stop`. Raises CoveyError if it cannot even start."""
         fleet, config = self._fleet, self._config
         with only_one(fleet.path), Store.open(fleet.path / FILE) as store:
+            if number := catch_up(store, fleet.path):
+                self._say(f"the database is older than the runs: numbers go on after {number}")
             registry = known_devices(fleet)
             if config.networked:
                 for line in fleet.refresh_tls(config, int(time.time())):
@@ -158,13 +173,34 @@ class Daemon:
 
     async def _play_all(self, service: CoordinatorService, stop: asyncio.Event) -> None:
         while not stop.is_set():
-            directory = self._next_run(service.store)
+            wait_s = POLL_S
+            try:
+                await self._drop_round(service)
+                directory = await asyncio.to_thread(self._next_run, service.store)
+            except StorageError as error:
+                log.error("%s; trying again in %g s", error, RETRY_STORAGE_S)
+                directory, wait_s = None, RETRY_STORAGE_S
             if directory is None:
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(POLL_S):
+                    async with asyncio.timeout(wait_s):
                         await stop.wait()
                 continue
             await self._play(service, directory, stop)
+
+    async def _drop_round(self, service: CoordinatorService) -> None:
+        """Tell devices that a round is over whose run was stopped while no process played it. Raises
+        StorageError."""
+        opened = await asyncio.to_thread(service.store.opened)
+        if opened is None or not service.connected.is_set():
+            return
+        state = await asyncio.to_thread(service.store.run, opened.run)
+        if state.status in ("queued", "running"):
+            return
+        with contextlib.suppress(CoveyError):
+            call, reason = decode_spec(opened.spec).call, f"its run is {state.status}"
+            notice = wire.sign(abandonment(call, reason), service.key)
+            await service.publish(Publish(notice))
+        await asyncio.to_thread(service.store.forget_round)
 
     async def _play(
         self, service: CoordinatorService, directory: RunDirectory, stop: asyncio.Event
@@ -181,17 +217,21 @@ class Daemon:
             return
         self._current = run
         self._say(f"run {directory.name}: {run.rounds_left} rounds to go")
-        playing = asyncio.create_task(service.play(run))
+        halting = asyncio.Event()
+        playing = asyncio.create_task(service.play(run, stop=halting))
         stopping = asyncio.create_task(stop.wait())
+        watching = asyncio.create_task(self._watch(service, directory, playing, halting))
         try:
             await asyncio.wait({playing, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if not playing.done():
-                # The open round is lost, and nothing else: the run goes on at the next start.
+                # The open round stays open: it goes on, and the run with it, at the next start.
                 playing.cancel()
                 await asyncio.wait({playing})
                 self._say(f"run {directory.name}: stopped; the next `covey up` goes on with it")
                 return
-            state = playing.result()
+            if playing.cancelled():  # by `_watch`
+                await service.stored(run.end)
+            state = run.state if playing.cancelled() else playing.result()
             self._say(f"run {directory.name} {ending(state)}")
         except CoveyError as error:
             self._fail(directory, str(error))
@@ -200,8 +240,38 @@ class Daemon:
             self._fail(directory, f"unexpected {type(error).__name__}: {error}")
         finally:
             stopping.cancel()
+            watching.cancel()
             playing.cancel()
             self._current = None
+
+    async def _watch(
+        self,
+        service: CoordinatorService,
+        directory: RunDirectory,
+        playing: asyncio.Task[RunState],
+        halting: asyncio.Event,
+    ) -> None:
+        """Do what an operator wishes of the run that is being played."""
+        store, said = service.store, ""
+        while True:
+            await asyncio.sleep(POLL_S)
+            try:
+                wish = (await asyncio.to_thread(store.record, directory.name)).wish
+                opened = await asyncio.to_thread(store.opened) if wish else None
+            except CoveyError as error:
+                log.error("%s", error)
+                continue
+            if wish != said and (wish or said):
+                self._say(f"run {directory.name}: {ASKED[wish]}")
+            said = wish
+            if not wish:
+                halting.clear()
+                continue
+            halting.set()
+            if wish != "pause":
+                service.give_up_round(f"the run was {'aborted' if wish == 'abort' else 'paused'}")
+            if opened is None and not service.connected.is_set():
+                playing.cancel()  # it waits for the broker, to call a round
 
     def _next_run(self, store: Store) -> RunDirectory | None:
         """One that was interrupted, or else the oldest that is queued."""
@@ -216,12 +286,19 @@ class Daemon:
         return RunDirectory(self._fleet.path / "runs" / name, store)
 
     def _fail(self, directory: RunDirectory, reason: str) -> None:
-        self._say(f"run {directory.name} failed: {reason}")
-        self._given_up.add(directory.name)
-        with contextlib.suppress(CoveyError):  # its state may be what is damaged
-            state = directory.state()
-            state.status, state.message = "failed", reason
-            directory.save_state(state)
+        def change(record: RunRecord) -> Wish | None:
+            if record.state.status not in ("queued", "running"):
+                return None  # an operator was faster
+            record.state.status, record.state.message = "failed", reason
+            return ""
+
+        try:
+            status = directory.store.amend(directory.name, change).state.status
+        except CoveyError:
+            self._given_up.add(directory.name)  # until the next start, or it would fail for ever
+            status = "failed"
+        if status == "failed":
+            self._say(f"run {directory.name} failed: {reason}")
 
     def _observer(self) -> Observer:
         def observe(event: object) -> None:

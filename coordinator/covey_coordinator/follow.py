@@ -18,7 +18,7 @@ def follow(directory: RunDirectory, up: Callable[[], bool], console: Console | N
     up: whether there is a `covey up` that plays it.
     """
     console = console or Console()
-    shown = 0
+    shown, paused = 0, False
     columns = (
         TextColumn("round {task.fields[round]}"),
         TextColumn("{task.description}"),
@@ -32,14 +32,19 @@ def follow(directory: RunDirectory, up: Callable[[], bool], console: Console | N
             task = bar.add_task("queued", total=None, round="-")
             while True:
                 state = directory.state()
-                lines = directory.store.rounds(directory.name)
-                for line in lines[shown:]:
-                    bar.console.print(describe(line), soft_wrap=True, highlight=False)
-                shown = len(lines)
-                if state.status in ("completed", "failed", "stopped"):
+                for record in directory.store.history(directory.name, after=shown):
+                    bar.console.print(describe(record.line), soft_wrap=True, highlight=False)
+                    shown = record.id
+                if state.status in ("completed", "failed", "stopped", "aborted"):
                     break
+                if (state.status == "paused") is not paused:
+                    paused = not paused
+                    said = "is paused; covey resume lets it go on" if paused else "goes on"
+                    bar.console.print(f"run {directory.name} {said}", highlight=False)
                 now = directory.progress()
-                if not up():
+                if paused:
+                    bar.update(task, description="paused", total=None)
+                elif not up():
                     bar.update(task, description="waiting for `covey up`", total=None)
                 elif now is not None and state.status == "running":
                     bar.update(

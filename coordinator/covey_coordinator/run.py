@@ -81,24 +81,29 @@ class Run:
             Evaluator(bundle.header, bundle.graphs["eval"]) if held_out is not None else None
         )
         self.state: RunState = directory.state()
-        kept = directory.parameters(self.state, bundle.header.n_params)
-        self.parameters: Flat = bundle.initial if kept is None else kept
+        self.parameters: Flat = self._model_of(self.state)
         self._spec: RoundSpec | None = None
         self._to_stage: Callable[[], None] | None = None
         self._to_save: deque[Callable[[], None]] = deque()
         self._worths: dict[int, tuple[float, float, float]] = {}
 
     def begin(self) -> None:
-        """Take up the run where its directory says it stands. Raises StorageError."""
-        self.directory.settle(self.state, whole=True)
+        """Take up the run where the database says it stands. Raises StorageError, ConfigError if an
+        operator stopped it."""
+        state = self.directory.take_up()
+        if state.model != self.state.model:  # rolled back meanwhile
+            self.parameters = self._model_of(state)
+        self.state = state
+        self.directory.settle(state, whole=True)
         self._take_stock()
-        self.state.status, self.state.message = "running", ""
-        self.directory.save_state(self.state)
 
     def end(self) -> None:
         """Note how it ended. Raises StorageError."""
-        self.state.status = "stopped" if self.rounds_left else "completed"
-        self.directory.save_state(self.state)
+        self.state = self.directory.end(rounds_left=self.rounds_left > 0)
+
+    def _model_of(self, state: RunState) -> Flat:
+        kept = self.directory.parameters(state, self.bundle.header.n_params)
+        return self.bundle.initial if kept is None else kept
 
     @property
     def index(self) -> int:
@@ -124,8 +129,11 @@ class Run:
         """What a device may ask for in the next round."""
         return [self.bundle.header_bytes, self.bundle.graphs["train"], self.model]
 
-    def spec(self, fleet: str, round_id: int, revision: int = 0, *, present: int = 0) -> RoundSpec:
-        """The next round, entirely settled. revision: see `store.Store`. present: devices online."""
+    def spec(
+        self, fleet: str, round_id: int, revision: int = 0, *, present: int = 0, known: int = 0
+    ) -> RoundSpec:
+        """The next round, entirely settled. revision: see `store.Store`. present: devices online,
+        known: those of them that joined the fleet."""
         config, model = self.config, self.model
         call = RoundCall(
             fleet=fleet,
@@ -165,7 +173,7 @@ class Run:
             absent_grace_s=config.deadlines.absent_grace_s,
         )
         fetched = sum(map(len, self.blobs()))
-        pace = self._pacer.steer(present, spec.cohort_limit, fetched, call.gather_s)
+        pace = self._pacer.steer(present, spec.cohort_limit, fetched, call.gather_s, known=known)
         call = msgspec.structs.replace(
             call, chance=pace.chance, spread_s=pace.spread_s, reconnect_s=pace.reconnect_s
         )
@@ -295,6 +303,7 @@ class Run:
             line["reason"] = outcome.reason
         else:
             line["dropped"] = list(completed.dropped)
+            line["next_model"] = self.state.model
         line |= outcome.metrics
         if self.state.transcripts_lost:
             line["transcripts_lost"] = self.state.transcripts_lost

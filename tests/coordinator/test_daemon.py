@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,12 +19,15 @@ from covey_coordinator import daemon, service
 from covey_coordinator.config import BrokerConfig, EvaluationConfig
 from covey_coordinator.daemon import Daemon, load_held_out, only_one
 from covey_coordinator.fleet import FleetDirectory
+from covey_coordinator.operating import Operator
 from covey_coordinator.plans.bundle import load_bundle
 from covey_coordinator.queueing import queue_run
 from covey_coordinator.status import FILE, read_status
 from covey_coordinator.store import RunDirectory
 from covey_device.assembly import assemble, load_device
+from covey_shared import wire
 from covey_shared.errors import ConfigError, CoveyError, DataError, MalformedError, StorageError
+from covey_shared.messages import RoundAbandoned
 from covey_shared.plan import GraphRef, encode_header
 from memory_fleet import PLAN, go, hasten
 from memory_transport import MemoryTransport, Network
@@ -183,6 +187,155 @@ def test_a_run_that_is_stopped_between_two_rounds_goes_on_too(bench: Bench):
             assert run.state().status == "running"
             await bench.up(lambda: bench.heard("run one completed"))
         assert [line["index"] for line in run.read_metrics()] == [1, 2]
+
+    go(scenario())
+
+
+# -- what operators wish ---------------------------------------------------------------------------
+
+
+def operate(bench: Bench, what: Callable[[Operator], str]) -> str:
+    """As a command in another process."""
+    with Operator(bench.path) as operator:
+        assert not operator.alone
+        return what(operator)
+
+
+def test_a_run_is_paused_and_resumed_while_it_is_played(bench: Bench):
+    async def scenario() -> None:
+        run, asked = bench.queue("one", rounds=4), []
+
+        def pause_then_resume() -> bool:
+            if not asked and bench.heard("round   1 "):
+                asked.append(operate(bench, lambda operator: operator.pause("one", now=False)))
+            if len(asked) == 1 and run.state().status == "paused":
+                asked.append(operate(bench, lambda operator: operator.resume("one")))
+            return bench.heard("run one completed")
+
+        async with bench.devices():
+            await bench.up(pause_then_resume)
+        assert asked[0].startswith("run one pauses when its open round is over")
+        assert asked[1] == "run one is queued again"
+        assert bench.heard("run one: to be paused when its open round is over")
+        assert bench.heard("run one paused: ")
+        # The round that was open when it was asked counts, and none is lost or played twice.
+        assert [line["outcome"] for line in run.read_metrics()] == ["completed"] * 4
+        assert [line["index"] for line in run.read_metrics()] == [1, 2, 3, 4]
+
+    go(scenario())
+
+
+@pytest.mark.parametrize("what", ["pause", "abort"])
+def test_an_open_round_is_abandoned_within_a_second(bench: Bench, what: str):
+    """Of a run whose round would wait for devices for a long time."""
+
+    async def scenario() -> None:
+        run = bench.queue("one", rounds=4, deadlines=DEADLINES | {"gather_s": 600.0})
+        other, asked = bench.queue("two"), []
+
+        def ask() -> bool:
+            if not asked and run.store.opened() is not None:
+                operate(
+                    bench,
+                    lambda operator: (
+                        operator.pause("one", now=True)
+                        if what == "pause"
+                        else operator.abort("one")
+                    ),
+                )
+                asked.append(time.monotonic())
+            if len(asked) == 1 and run.state().status in ("paused", "aborted"):
+                asked.append(time.monotonic())
+            return len(asked) == 2
+
+        await bench.up(ask)
+        assert asked[1] - asked[0] < 5
+        state = run.state()
+        assert state.status == ("paused" if what == "pause" else "aborted")
+        assert (state.rounds_done, state.rounds_abandoned) == (1, 1)
+        assert run.read_metrics()[0]["reason"] == f"the run was {state.status}"
+        assert run.store.opened() is None or run.store.opened().run == "two"  # type: ignore[union-attr]
+        assert other.state().status in ("queued", "running")  # its turn
+
+    go(scenario())
+
+
+def test_a_run_that_waits_for_the_broker_is_paused_all_the_same(bench: Bench):
+    async def scenario() -> None:
+        run, asked = bench.queue("one"), []
+        await bench.network.go_down()
+
+        def ask() -> bool:
+            if not asked and run.state().status == "running":
+                asked.append(operate(bench, lambda operator: operator.pause("one", now=False)))
+            return run.state().status == "paused"
+
+        await bench.up(ask)
+        assert run.state().rounds_done == 0
+
+    go(scenario())
+
+
+def test_devices_are_told_of_a_round_whose_run_was_stopped_meanwhile(bench: Bench):
+    async def scenario() -> None:
+        run = bench.queue("one", rounds=2, deadlines=DEADLINES | {"gather_s": 600.0})
+        await bench.up(lambda: run.store.opened() is not None)
+        opened = run.store.opened()
+        assert opened is not None
+        with Operator(bench.path) as operator:
+            assert operator.alone
+            assert operator.abort("one") == "run one is aborted"
+        before = len(bench.network.log)
+        await bench.up(lambda: run.store.opened() is None)
+        told = [
+            wire.decode(payload).message
+            for _, topic, payload in bench.network.log[before:]
+            if topic.endswith("/all") and payload
+        ]
+        assert [(m.round, m.reason) for m in told if isinstance(m, RoundAbandoned)] == [
+            (opened.round, "its run is aborted")
+        ]
+        assert run.state().status == "aborted"
+
+    go(scenario())
+
+
+def test_a_run_that_was_taken_back_goes_on_from_there(bench: Bench):
+    async def scenario() -> None:
+        run = bench.queue("one", rounds=3)
+        async with bench.devices():
+            await bench.up(lambda: bench.heard("run one completed"))
+            with Operator(bench.path) as operator:
+                operator.roll_back("one", 1, 0.0)
+                operator.resume("one")
+            bench.said.clear()
+            await bench.up(lambda: bench.heard("run one completed"))
+        assert bench.heard("run one: 2 rounds to go")
+        lines = run.read_metrics()
+        assert [line["index"] for line in lines] == [1, 2, 3]
+        assert [line["round"] for line in lines] == [1, 4, 5]
+        # Devices contributed to this model before; they do again, under a higher revision.
+        assert lines[1]["model"] == lines[0]["next_model"]
+        assert [line["revision"] for line in lines] == [0, 1, 0]
+        assert all(line["survivors"] == 3 for line in lines)
+
+    go(scenario())
+
+
+def test_a_run_that_failed_can_be_resumed_once_it_is_mended(bench: Bench):
+    async def scenario() -> None:
+        run = bench.queue("one")
+        text = (run.path / "run.toml").read_text()
+        (run.path / "run.toml").write_text(text + "\n[wrok]\n")
+
+        def mend() -> bool:
+            if run.state().status == "failed":
+                (run.path / "run.toml").write_text(text)
+                operate(bench, lambda operator: operator.resume("one"))
+            return bench.heard("run one completed")
+
+        async with bench.devices():
+            await bench.up(mend)
 
     go(scenario())
 

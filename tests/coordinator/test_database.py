@@ -759,6 +759,58 @@ def test_a_new_database_is_what_the_migrations_make(tmp_path: Path):
     engine.dispose()
 
 
+@pytest.mark.parametrize("revision", schema.REVISIONS[:-1])
+def test_an_older_schema_is_brought_to_the_newest(path: Path, revision: str):
+    made_at(path, revision)
+    with Store.open(path) as store:
+        assert store.run("one").status == "running"
+        assert store.rounds("one") == [line(7, 1)]
+        assert store.opened() is not None
+        assert store.next_round() == 42
+        finish(store, 41, 2)
+    made_at(path.with_name("fresh.db"), "head")
+    assert shape_of(path) == shape_of(path.with_name("fresh.db"))
+    copy = path.with_name(f"covey.db.{revision}")
+    assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+    assert SECRET not in bytes_of(copy)
+    with Store.open(copy) as restored:  # what it was, and it can be gone on with
+        assert restored.run("one").status == "running"
+        assert restored.opened() is None
+        assert restored.next_round() == 42
+
+
+@pytest.mark.parametrize("revision", schema.REVISIONS[:-1])
+def test_a_migration_that_fails_changes_nothing(
+    path: Path, revision: str, monkeypatch: pytest.MonkeyPatch
+):
+    made_at(path, revision)
+    before = shape_of(path)
+    real = opening._upgrade
+
+    def upgrade(connection: Any) -> None:
+        real(connection)
+        connection.exec_driver_sql("INSERT INTO nowhere VALUES (1)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(opening, "_upgrade", upgrade)
+        with pytest.raises(StorageError, match="no such table: nowhere"):
+            Store.open(path)
+    assert shape_of(path) == before
+    with Store.open(path) as store:
+        assert store.next_round() == 42
+
+
+def test_without_room_for_a_copy_nothing_is_migrated(path: Path, monkeypatch: pytest.MonkeyPatch):
+    made_at(path, schema.REVISIONS[0])
+    copy = path.with_name(f"covey.db.{schema.REVISIONS[0]}")
+    copy.mkdir()
+    with pytest.raises(StorageError, match=r"cannot use .*covey\.db\.0001"):
+        Store.open(path)
+    copy.rmdir()
+    Store.open(path).close()
+    assert copy.is_file()
+
+
 def test_a_newer_schema_is_refused(path: Path, store: Store):
     store.close()
     with contextlib.closing(sqlite3.connect(path)) as raw:

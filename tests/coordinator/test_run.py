@@ -125,6 +125,7 @@ def test_a_completed_round_moves_the_model(tmp_path: Path):
         "cohort": 4,
         "survivors": 3,
         "dropped": ["d"],
+        "next_model": run.model_digest.hex(),
         "examples": 400,
         "train_loss": pytest.approx(0.5, abs=1e-3),
         "update_norm": pytest.approx(1.125 * N**0.5, rel=1e-3),

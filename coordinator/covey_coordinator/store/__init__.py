@@ -2,7 +2,16 @@
 
 from covey_coordinator.store.database import FILE, OpenRound, Store
 from covey_coordinator.store.directory import RunDirectory
-from covey_coordinator.store.state import HexDigest, HexRunId, Progress, RunState, RunStatus
+from covey_coordinator.store.state import (
+    HexDigest,
+    HexRunId,
+    Progress,
+    RoundRecord,
+    RunRecord,
+    RunState,
+    RunStatus,
+    Wish,
+)
 
 __all__ = [
     "FILE",
@@ -10,8 +19,11 @@ __all__ = [
     "HexRunId",
     "OpenRound",
     "Progress",
+    "RoundRecord",
     "RunDirectory",
+    "RunRecord",
     "RunState",
     "RunStatus",
     "Store",
+    "Wish",
 ]

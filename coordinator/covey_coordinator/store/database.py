@@ -7,7 +7,7 @@ may use one `Store`, and several processes one file.
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from sqlalchemy.exc import IntegrityError
 
 from covey_coordinator.files import sync_directory
 from covey_coordinator.store import opening, schema, takeover
-from covey_coordinator.store.state import UNREADABLE, RunState
+from covey_coordinator.store.state import UNREADABLE, RoundRecord, RunRecord, RunState, Wish
 from covey_shared.errors import ConfigError, LocalProtocolError, StorageError
 
 T = TypeVar("T")
@@ -216,6 +216,23 @@ class Store:
             ).scalar_one()
             return number
 
+    def last_round(self) -> int:
+        """The last number that was given; 0 before the first."""
+        with self._reading() as connection:
+            last: int = connection.execute(select(schema.counter.c.last_round)).scalar_one()
+            return last
+
+    def catch_up(self, number: int, used: Mapping[bytes, int]) -> None:
+        """Give no number up to this one any more. used: model -> a revision that devices may have
+        contributed to."""
+        counter = schema.counter
+        with self._writing() as connection:
+            connection.execute(
+                update(counter).values(last_round=func.max(counter.c.last_round, number))
+            )
+            for model, revision in used.items():
+                _use_up(connection, model, revision)
+
     def revision(self, model: bytes) -> int:
         """Under which revision this model may be called. model: its hash."""
         uploads = schema.uploads
@@ -260,21 +277,70 @@ class Store:
 
     def run(self, name: str) -> RunState:
         """Where a run stands. Raises ConfigError if there is none of that name."""
-        with self._reading() as connection:
-            row = connection.execute(
-                select(schema.runs).where(schema.runs.c.name == name)
-            ).one_or_none()
-        if row is None:
-            raise _unknown(name)
-        return self._state(row)
+        return self.record(name).state
 
     def runs(self) -> list[tuple[str, RunState]]:
         """All of them, oldest first."""
+        return [(record.name, record.state) for record in self.records()]
+
+    def record(self, name: str) -> RunRecord:
+        """All that the database has of a run. Raises ConfigError if there is none of that name."""
+        with self._reading() as connection:
+            return self._record_of(connection, name)
+
+    def records(self) -> list[RunRecord]:
+        """Of all runs, oldest first."""
         with self._reading() as connection:
             rows = connection.execute(
                 select(schema.runs).order_by(schema.runs.c.created_unix, schema.runs.c.id)
             ).all()
-        return [(row.name, self._state(row)) for row in rows]
+        return [self._record(row) for row in rows]
+
+    def amend(self, name: str, change: Callable[[RunRecord], Wish | None]) -> RunRecord:
+        """Read, change and write a run in one transaction -> how it is now.
+
+        change: changes the state in place, and returns the new wish or None for the old one; what it
+        raises leaves all as it was. Raises ConfigError if there is none of that name.
+        """
+        with self._writing() as connection:
+            record = self._record_of(connection, name)
+            wish = change(record)
+            record = record if wish is None else msgspec.structs.replace(record, wish=wish)
+            _save(connection, name, record.state, wish=record.wish)
+        return record
+
+    def roll_back(
+        self, name: str, now_unix: float, change: Callable[[RunRecord, list[RoundRecord]], None]
+    ) -> RunRecord:
+        """As `amend`; the rounds that count are given as well, and those above the run's new
+        `rounds_done` no longer do."""
+        rounds = schema.rounds
+        with self._writing() as connection:
+            record = self._record_of(connection, name)
+            change(record, self._history(connection, name, whole=False))
+            connection.execute(
+                update(rounds)
+                .where(
+                    rounds.c.run == name,
+                    rounds.c.index > record.state.rounds_done,
+                    rounds.c.rolled_back_unix.is_(None),
+                )
+                .values(rolled_back_unix=now_unix)
+            )
+            _save(connection, name, record.state, wish=record.wish)
+        return record
+
+    def _record_of(self, connection: Connection, name: str) -> RunRecord:
+        row = connection.execute(
+            select(schema.runs).where(schema.runs.c.name == name)
+        ).one_or_none()
+        if row is None:
+            raise _unknown(name)
+        return self._record(row)
+
+    def _record(self, row: Row[Any]) -> RunRecord:
+        values = {"name": row.name, "created_unix": row.created_unix, "wish": row.wish}
+        return self._checked(values | {"state": self._state(row)}, RunRecord, f"run {row.name!r}")
 
     def save_run(self, name: str, state: RunState) -> None:
         """Raises ConfigError if there is none of that name."""
@@ -406,17 +472,31 @@ class Store:
     # -- the history ------------------------------------------------------------------------------
 
     def rounds(self, name: str) -> list[dict[str, Any]]:
-        """A run's lines of metrics, oldest first."""
-        rounds = schema.rounds
+        """A run's lines of metrics, oldest first; without the rounds that were rolled back."""
         with self._reading() as connection:
-            lines = connection.execute(
-                select(rounds.c.line).where(rounds.c.run == name).order_by(rounds.c.id)
-            ).scalars()
-            return [self._line(line) for line in lines]
+            return [record.line for record in self._history(connection, name, whole=False)]
 
-    def _line(self, text: str) -> dict[str, Any]:
+    def history(self, name: str, *, after: int = 0) -> list[RoundRecord]:
+        """All rounds of a run, those that were rolled back as well, oldest first. after: an id; only
+        what was added since."""
+        with self._reading() as connection:
+            return self._history(connection, name, whole=True, after=after)
+
+    def _history(
+        self, connection: Connection, name: str, *, whole: bool, after: int = 0
+    ) -> list[RoundRecord]:
+        rounds = schema.rounds
+        wanted = select(rounds).where(rounds.c.run == name, rounds.c.id > after)
+        if not whole:
+            wanted = wanted.where(rounds.c.rolled_back_unix.is_(None))
+        found = connection.execute(wanted.order_by(rounds.c.id)).all()
+        return [self._round(row) for row in found]
+
+    def _round(self, row: Row[Any]) -> RoundRecord:
+        values = {name: row._mapping[name] for name in RoundRecord.__struct_fields__}
         try:
-            return msgspec.json.decode(text, type=dict[str, Any])
+            values["line"] = msgspec.json.decode(row.line, type=dict[str, Any])
+            return msgspec.convert(values, RoundRecord)
         except UNREADABLE as error:
             raise opening.damaged(self._name, f"a round's line: {error}") from error
 
@@ -436,9 +516,11 @@ def _columns(state: RunState) -> dict[str, Any]:
     return values | {"last": None if last is None else msgspec.json.encode(last).decode()}
 
 
-def _save(connection: Connection, name: str, state: RunState) -> None:
+def _save(connection: Connection, name: str, state: RunState, **more: Any) -> None:
     runs = schema.runs
-    changed = connection.execute(update(runs).where(runs.c.name == name).values(_columns(state)))
+    changed = connection.execute(
+        update(runs).where(runs.c.name == name).values(**_columns(state), **more)
+    )
     if changed.rowcount == 0:
         raise _unknown(name)
 

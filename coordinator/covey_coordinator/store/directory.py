@@ -19,6 +19,7 @@ and a run's::
     metrics.jsonl          one line per round
     rounds/00007/          what the round gave: parameters.bin, model.onnx
     rounds/00007/transcript  what others can check it by (see `transcript`)
+    rolled-back/00007-41/  the same of a round that was taken back, number 41 of the fleet's
     progress.json          the open round, for whoever watches
     spool/                 uploads of the open round
 
@@ -47,7 +48,15 @@ from covey_coordinator.files import (
     write_atomic,
 )
 from covey_coordinator.store.database import Store
-from covey_coordinator.store.state import UNREADABLE, Progress, RunState
+from covey_coordinator.store.state import (
+    UNREADABLE,
+    Progress,
+    RoundRecord,
+    RunRecord,
+    RunState,
+    RunStatus,
+    Wish,
+)
 from covey_shared.errors import ConfigError, StorageError
 from covey_shared.layout import Flat
 
@@ -132,6 +141,27 @@ class RunDirectory:
         """Durable when this returns. Raises StorageError."""
         self.store.save_run(self.name, state)
 
+    def take_up(self) -> RunState:
+        """Its state, running from now on. Raises StorageError, ConfigError if an operator stopped it."""
+
+        def change(record: RunRecord) -> None:
+            if record.state.status in ("paused", "aborted"):
+                raise ConfigError(f"run {self.name} is {record.state.status}")
+            record.state.status, record.state.message = "running", ""
+
+        return self.store.amend(self.name, change).state
+
+    def end(self, *, rounds_left: bool) -> RunState:
+        """Its state, no longer running: completed, or as an operator wished. Raises StorageError."""
+
+        def change(record: RunRecord) -> Wish:
+            wished: dict[Wish, RunStatus] = {"": "stopped", "abort": "aborted"}
+            ended = wished.get(record.wish, "paused") if rounds_left else "completed"
+            record.state.status = ended
+            return ""
+
+        return self.store.amend(self.name, change).state
+
     def finish_round(self, state: RunState) -> None:
         """The end of a round whose model is staged. Raises StorageError."""
         self.store.finish_round(self.name, state)
@@ -187,6 +217,8 @@ class RunDirectory:
     def settle(self, state: RunState, *, whole: bool = False) -> None:
         """Bring the other files to what the database says. whole: look at every line of metrics, not
         at the last one. Raises StorageError, and can be called again."""
+        if whole:
+            self._put_aside(state)
         self._settle_model(state)
         lines = _lines(self.store.rounds(self.name)) if whole else None
         if lines is None:
@@ -201,10 +233,36 @@ class RunDirectory:
         if (_content(self.metrics) or b"") != lines:
             write_atomic(self.metrics, lines)
 
+    def _put_aside(self, state: RunState) -> None:
+        """Files of rounds that were rolled back, before others take their numbers. Done once, which the
+        place where they go shows: it is made even if there was nothing left to put there."""
+        for record in self.store.history(self.name):
+            aside = self.aside(record)
+            if record.rolled_back_unix is None or aside.exists():
+                continue
+            try:
+                aside.parent.mkdir(exist_ok=True)
+                if record.index > state.rounds_done and self.round(record.index).exists():
+                    self.round(record.index).rename(aside)
+                else:
+                    aside.mkdir()
+                sync_directory(aside.parent)
+            except OSError as error:
+                raise storage_error("write", aside, error) from error
+
+    def aside(self, record: RoundRecord) -> Path:
+        """Where the files of a round are that was rolled back."""
+        return self.path / "rolled-back" / record.key
+
     def _settle_model(self, state: RunState) -> None:
         """parameters.bin and model.onnx are other names of the round's files, where the file system
         has such a thing."""
         if not state.model:
+            try:
+                for name in (MODEL, PARAMETERS):
+                    (self.path / name).unlink(missing_ok=True)
+            except OSError as error:
+                raise storage_error("remove", self.path / MODEL, error) from error
             return
         staged = self.round(state.model_index)
         try:

@@ -17,7 +17,7 @@ from sqlalchemy import (
     Text,
 )
 
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 """All there ever were, oldest first. Alembic's scripts say the same; it is imported to migrate only."""
 
 HEAD = REVISIONS[-1]
@@ -63,6 +63,7 @@ runs = Table(
     Column("message", Text, nullable=False),
     Column("transcripts_lost", Integer, nullable=False),
     Column("transcript_problem", Text, nullable=False),
+    Column("wish", Text, nullable=False, server_default=""),
 )
 
 # The history: a line of metrics each, as metrics.jsonl has it. index: within the run, from 1.
@@ -74,6 +75,7 @@ rounds = Table(
     Column("index", Integer, nullable=False),
     Column("round", Integer),
     Column("line", Text, nullable=False),
+    Column("rolled_back_unix", Float),
     Index("rounds_of_run", "run", "index"),
 )
 

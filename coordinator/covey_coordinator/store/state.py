@@ -5,7 +5,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-RunStatus = Literal["queued", "running", "completed", "stopped", "failed"]
+RunStatus = Literal["queued", "running", "paused", "completed", "stopped", "failed", "aborted"]
+Wish = Literal["", "pause", "pause now", "abort"]
+"""What an operator wants of a run that is being played; empty if nothing. now: and abandon its open
+round, as abort does."""
+
 Count = Annotated[int, Meta(ge=0)]
 HexDigest = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
 HexRunId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
@@ -30,6 +34,31 @@ class RunState(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     message: str = ""
     transcripts_lost: Count = 0
     transcript_problem: str = ""
+
+
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A run as the database has it."""
+
+    name: str
+    created_unix: float
+    state: RunState
+    wish: Wish = ""
+
+
+class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A round that ended. id: grows over all runs. index: its number within the run, which another round
+    may have again if this one was rolled back. line: of metrics. rolled_back_unix: when, or None."""
+
+    id: int
+    run: str
+    index: int
+    line: dict[str, Any]
+    rolled_back_unix: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Its number within the run and over the fleet: no other round's."""
+        return f"{self.index:05}-{self.line.get('round', self.id)}"
 
 
 class Progress(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

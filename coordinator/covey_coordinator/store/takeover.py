@@ -6,20 +6,26 @@ are renamed once they are in the database. Whoever loses the database and every 
 """
 
 import logging
+import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from sqlalchemy import Connection, insert
 
-from covey_coordinator.files import storage_error
+from covey_coordinator.files import last_line, storage_error
 from covey_coordinator.store import schema
 from covey_coordinator.store.state import UNREADABLE, Count, RunState
 from covey_shared.errors import StorageError
 
+if TYPE_CHECKING:
+    from covey_coordinator.store.database import Store
+
 COUNTER = "rounds"
 STATE = "state.json"
 TAKEN = ".taken"
+
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 log = logging.getLogger("covey.coordinator")
 
@@ -83,6 +89,40 @@ def _take_run(connection: Connection, directory: Path, state: RunState) -> None:
                     line=msgspec.json.encode(line).decode(),
                 )
             )
+
+
+def catch_up(store: "Store", fleet: Path) -> int:
+    """Bring a database that was restored from a backup to what devices remember, as far as the runs'
+    metrics tell -> the last number that was given, if there was anything to do.
+
+    The round after the last one on record may have been open when its database was lost. Raises
+    StorageError.
+    """
+    newest, lines = store.last_round(), []
+    for path in (fleet / "runs").glob("*/metrics.jsonl"):
+        try:
+            last = msgspec.json.decode(last_line(path), type=dict[str, Any])
+        except OSError as error:
+            raise storage_error("read", path, error) from error
+        except UNREADABLE:
+            continue
+        if _number(last) > newest:
+            lines += [line for line in _lines(path) if _number(line) > newest]
+    if not lines:
+        return 0
+    used = {}
+    for line in sorted(lines, key=_number):
+        model, revision = line.get("model"), line.get("revision")
+        if isinstance(model, str) and isinstance(revision, int) and _HASH.fullmatch(model):
+            used[bytes.fromhex(model)] = revision
+    last_number = max(map(_number, lines)) + 1
+    store.catch_up(last_number, used)
+    return last_number
+
+
+def _number(line: dict[str, Any]) -> int:
+    number = line.get("round")
+    return number if isinstance(number, int) else 0
 
 
 def rename_taken(paths: list[Path]) -> None:
