@@ -282,12 +282,13 @@ class CoordinatorService:
         if await self.stored(self.store.opened) is not None:
             return
         while (n := len(self.registry.present)) < least and not (stop and stop.is_set()):
-            if self.clock() - began >= CALL_ANYWAY_S:
+            left_s = began + CALL_ANYWAY_S - self.clock()
+            if left_s <= 0:
                 log.warning("%d of %d devices online; a round is called all the same", n, least)
                 return
             self._came.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.0):
+                async with asyncio.timeout(min(1.0, left_s)):
                     await self._came.wait()
                     continue
             if not said:
@@ -319,8 +320,8 @@ class CoordinatorService:
         round_id = await self.stored(store.next_round)
         model = run.model_digest
         revision = await self.stored(lambda: store.revision(model))
-        present = len(self.registry.present)
-        spec = run.spec(self.trust.fleet, round_id, revision, present=present)
+        present, known = len(self.registry.present), self.registry.known
+        spec = run.spec(self.trust.fleet, round_id, revision, present=present, known=known)
         opened = OpenRound(
             run=run.directory.name,
             index=run.index,
