@@ -29,7 +29,7 @@ from covey_coordinator.fleet import FleetDirectory
 from covey_coordinator.follow import describe, ending
 from covey_coordinator.kept_broker import broker_of
 from covey_coordinator.operating import locked
-from covey_coordinator.phases import decode_spec
+from covey_coordinator.phases import Moved, decode_spec
 from covey_coordinator.plans.bundle import load_bundle
 from covey_coordinator.plans.signing import read_signatures
 from covey_coordinator.registry import Registry
@@ -305,6 +305,8 @@ class Daemon:
             run = self._current
             if isinstance(event, RoundOutcome) and run is not None and run.state.last is not None:
                 self._say(f"run {run.directory.name}: {describe(run.state.last)}")
+            if isinstance(event, Moved) and event.resumed and run is not None:
+                self._say(f"run {run.directory.name}: its open round goes on ({event.phase.value})")
             if isinstance(event, Progress):
                 now = asyncio.get_running_loop().time()
                 if run is not None and now - self._shown_at >= SHOW_S:

@@ -123,10 +123,12 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """The round entered a phase; for the progress view and the log."""
+    """The round entered a phase; for the progress view and the log. resumed: another process did, and
+    this one goes on there."""
 
     phase: Phase
     detail: str
+    resumed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,7 +173,7 @@ class Round:
         self._heard = now
         if self.over:
             return actions
-        return [*actions, Moved(self.phase, "taken up again"), *self._repeats()]
+        return [*actions, Moved(self.phase, "taken up again", resumed=True), *self._repeats()]
 
     def _again(
         self,
