@@ -64,7 +64,7 @@ fuzz: $(VENV)/.fuzz ## coverage-guided fuzzing of all that reads others' bytes (
 
 .PHONY: chaos
 chaos: setup ## a real broker, coordinator and devices, killed and cut off at random (ROUNDS=200, SEED=1, SECONDS=)
-	@cd tests && ../$(BIN)/python -m chaos --seed $(SEED) \
+	@PYTHONPATH=tests $(BIN)/python -m chaos --seed $(SEED) \
 		$(if $(SECONDS),--seconds $(SECONDS),--rounds $(ROUNDS)) $(ARGS)
 
 .PHONY: check
