@@ -22,6 +22,7 @@ from covey_device.keystore import (
     load_identity,
 )
 from covey_device.preparation import limits_of, trainer_factory
+from covey_device.present import Present
 from covey_device.renewal import WAITS, Renewal, trust_of
 from covey_device.service import DeviceService
 from covey_device.session import Session
@@ -192,14 +193,14 @@ def assemble(parts: DeviceParts) -> DeviceService:
     """A device service, not started."""
     config = parts.config
     device = DeviceId(config.device)
-    policy = parts.policy
+    policy, memory = parts.policy, parts.memory.load()
     session = Session(
         parts.trust,
         parts.identity,
         parts.certificate,
         device,
         policy.current.policy,
-        parts.memory.load(),
+        memory,
         os.urandom,
         clock=steady_clock(),
         unfinished=parts.memory.unfinished(parts.trust, parts.identity.public, device),
@@ -231,6 +232,9 @@ def assemble(parts: DeviceParts) -> DeviceService:
         audit=audit_of(parts),
         cache=cache_of(parts),
     )
+    service.present = present = Present(memory.signed_unix)
+    if isinstance(parts.tls, tls.PinnedContext):
+        parts.tls.clock = lambda: present.surely_unix
     if config.enrol is not None:
         service.renewal = Renewal(
             parts.path,

@@ -40,6 +40,7 @@ class _MemoryFile(msgspec.Struct, forbid_unknown_fields=True):
     last_round: _Count
     contributed: dict[str, _Count]
     day: _DayFile = _DayFile()
+    signed_unix: _Count = 0
 
 
 class _VoteFile(msgspec.Struct, forbid_unknown_fields=True, array_like=True):
@@ -149,6 +150,7 @@ class MemoryFile:
             kept.contributed,
             Day(kept.day.own_s, kept.day.seen_unix, kept.day.joined),
             tuple(Vote(bytes.fromhex(v.h), v.kind, bytes.fromhex(v.body)) for v in votes),
+            kept.signed_unix,
         )
 
     def save(self, memory: Memory) -> None:
@@ -158,7 +160,8 @@ class MemoryFile:
             self._write(self._votes, msgspec.json.encode(votes))
         recent = dict(list(memory.contributed.items())[-MAX_CONTRIBUTIONS:])
         day = _DayFile(memory.day.own_s, memory.day.seen_unix, memory.day.joined)
-        self._write(self._path, msgspec.json.encode(_MemoryFile(memory.last_round, recent, day)))
+        kept = _MemoryFile(memory.last_round, recent, day, memory.signed_unix)
+        self._write(self._path, msgspec.json.encode(kept))
 
     def keep(self, upload: Unfinished) -> None:
         """Have an upload outlive this process; durable when this returns. Raises StorageError."""

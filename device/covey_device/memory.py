@@ -29,13 +29,15 @@ class Memory:
     last_round: no round up to this one is ever joined (again), so that a restart cannot sign, mask
     or contribute twice. contributed: model hash (hex) -> highest revision an update was sent for.
     day: the last check-ins, for the owner's bound on rounds a day. votes: the last ones signed; they
-    stand in the way of a second vote on one manifest even if `last_round` were wrong.
+    stand in the way of a second vote on one manifest even if `last_round` were wrong. signed_unix: the
+    latest time in a manifest that the coordinator signed.
     """
 
     last_round: int = 0
     contributed: dict[str, int] = field(default_factory=dict)
     day: Day = field(default_factory=Day)
     votes: tuple[Vote, ...] = ()
+    signed_unix: int = 0
 
     def with_contribution(self, model: bytes, revision: int) -> dict[str, int]:
         """What was contributed, an update for this revision of a model included as the latest."""

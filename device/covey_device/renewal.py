@@ -31,6 +31,7 @@ from covey_device import config as configuration
 from covey_device.config import DeviceConfig
 from covey_device.files import write_durably
 from covey_device.keystore import load_identity
+from covey_device.present import Present
 from covey_shared import keys, wire
 from covey_shared.enrolment import RenewRequest
 from covey_shared.errors import ConfigError, CoveyError, RefusedError
@@ -139,7 +140,8 @@ def renew(
 ) -> Report:
     """Renew what is due, or everything `anyway`, and ask for an identity certificate that is missing.
 
-    now_unix: the latest time that is known to have passed. Raises CoveyError, with nothing changed.
+    now_unix: the time, as far as it is known; this device's own clock is not looked at. Raises
+    CoveyError, with nothing changed.
     """
     config, base = configuration.load(config_path), config_path.parent
     if config.enrol is None or config.broker.cert_file is None or config.broker.ca_file is None:
@@ -150,6 +152,7 @@ def renew(
     pair_file, ca_file = base / config.broker.cert_file, base / config.broker.ca_file
     trust, identity = trust_of(config), load_identity(base / config.identity)
     context = tls.of_files(ca_file, pair_file, pair_file)
+    context.clock = lambda: now_unix
     authority = enrol.der_of(ca_file.read_bytes())
     tls_life, own = tls_life_of(pair_file), kept_certificate(config, base, trust, identity)
     tls_due = anyway or now_unix >= tls_life.due_unix
@@ -297,19 +300,34 @@ class Renewal:
         self._clock, self._steady = clock, steady
         self._schedule = Schedule(steady(), uniform)
         self._seen = (0.0, steady())
+        self._present = Present(clock=clock, steady=steady)
         self._due_unix: float | None = None
         self._news = asyncio.Event()
 
     @property
     def now_unix(self) -> float:
-        """The latest of the device's clock and of what was seen since the start."""
+        """The time by the coordinator's clock, once it told it; until then the latest of the device's own
+        and of what is known to have passed."""
+        if self._present.is_told:
+            return self._present.signed_unix
         seen_unix, at_s = self._seen
         return max(self._clock(), seen_unix + self._steady() - at_s)
 
+    def told(self, issued_unix: int) -> None:
+        """The coordinator signed this time just now: whatever the device's clock says, and whoever sets
+        it, certificates are renewed when they must be."""
+        self._present.told(issued_unix)
+        self._hurry_if_due()
+
     def seen(self, issued_unix: int) -> None:
-        """The coordinator signed this time, so that it is over."""
+        """The coordinator signed this time once, so that it is over."""
+        if self._present.is_told:
+            return
         if issued_unix > self.now_unix:
             self._seen = (issued_unix, self._steady())
+        self._hurry_if_due()
+
+    def _hurry_if_due(self) -> None:
         if self._due_unix is not None and self.now_unix >= self._due_unix:
             self._schedule.due(self._steady())
             self._news.set()

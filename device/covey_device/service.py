@@ -35,6 +35,7 @@ from covey_device.cache import BlobCache
 from covey_device.config import PolicyFile
 from covey_device.keystore import MemoryFile
 from covey_device.preparation import Preparation, TrainerFactory, tamed
+from covey_device.present import Present
 from covey_device.renewal import Renewal
 from covey_device.session import Session
 from covey_device.trainer import Work
@@ -134,6 +135,8 @@ class DeviceService:
         )
         self._blob_prefix = self._topics.blob(b"")
         self.on_ended: Callable[[Ended], None] = lambda ended: None
+        self.present = Present()
+        """Told of each time that the coordinator signs in a manifest."""
         self.renewal: Renewal | None = None
         """Looks after the certificates of a device that was enrolled with a token."""
 
@@ -391,8 +394,9 @@ class DeviceService:
             case Pace(seconds):
                 self.transport.reconnect_within(seconds)
             case Train(round_id, head):
+                self.present.told(head.issued_unix)
                 if self.renewal is not None:
-                    self.renewal.seen(head.issued_unix)
+                    self.renewal.told(head.issued_unix)
                 self._stop_training.set()
                 stop = self._stop_training = threading.Event()
                 log.info("%s: round %d: training", self.device, round_id)

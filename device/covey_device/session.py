@@ -46,6 +46,7 @@ from covey_shared.layout import Flat
 from covey_shared.masking import Ring
 from covey_shared.messages import (
     MAX_REASON_CHARS,
+    Certificate,
     CheckIn,
     Decline,
     Delivery,
@@ -330,7 +331,7 @@ class Session:
         head = signed.message.head
         listed = {wire.decode_as(CheckIn, e).message.device for e in signed.message.check_ins}
         if self.device not in listed:
-            return self._end("not chosen for the cohort", contributed=False)
+            return self._end(self._left_out(head.issued_unix), contributed=False)
         expected = Expectation(
             call=current.call.message,
             n_params=prepared.n_params,
@@ -346,7 +347,20 @@ class Session:
             participant.cohort, self.device, self._identity, participant.seal_key, self._pledge
         )
         self.phase = self._next(Event.MANIFEST)
+        # Kept with the next vote: it is of use to a later process only.
+        signed_unix = max(self._memory.signed_unix, head.issued_unix)
+        self._memory = replace(self._memory, signed_unix=signed_unix)
         return [Publish(shares), Train(head.round, head)]
+
+    def _left_out(self, issued_unix: int) -> str:
+        """Why this device checked in and is not in the manifest, as far as it can tell."""
+        ends = wire.decode_as(Certificate, self.certificate).message.not_after_unix
+        if ends >= issued_unix:
+            return "not chosen for the cohort"
+        return (
+            f"not in the cohort: this device's identity certificate ended {(issued_unix - ends) // 86400} "
+            "days ago; `covey-device renew` asks for another, or ask your operator"
+        )
 
     def _delivery(self, current: _Round, message: Delivery) -> list[Action]:
         self._refuse_out_of_order(Event.DELIVERY, "delivery")

@@ -3,10 +3,12 @@
 A Raspberry Pi has no battery for its clock: until something sets it, it says 1970, or when it was
 last switched off. So the *beginning* of a certificate's life is not judged here: "not yet valid" would
 only say that this clock is behind, and a certificate of the pinned authority that lies in the future
-gives nobody anything. Its *end* is judged, by the latest moment that must have passed: what the clock
-says, or when the authority's own certificate began, whichever is later. A clock that is behind then
-lets a certificate live a little longer; one that is far ahead refuses all, with a message that names
-it. OpenSSL knows its own clock alone, so its test is switched off and replaced by this one, right
+gives nobody anything. Its *end* is judged, by the latest moment that must have passed: what the context's
+clock says, or when the authority's own certificate began, whichever is later. For a device that joins, that
+clock is its own: one that is far ahead refuses all, with a message that names it. A device that has joined
+believes its clock only as far as the coordinator's signed time agrees (see `present`): a clock that is ahead
+by a year keeps it from nothing, and one that is behind lets a broker's certificate live a little longer.
+OpenSSL knows its own clock alone, so its test is switched off and replaced by this one, right
 after each handshake and before anything is sent. Everything else is as strict as OpenSSL can be:
 TLS 1.2 or later, the pinned authority and no other, the host's name, RFC 5280 to the letter.
 """
