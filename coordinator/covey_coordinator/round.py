@@ -111,6 +111,7 @@ class Round:
         self.phase = Phase.GATHER
         self._entered = self._last_sent = 0.0
         self._heard = 0.0  # when a device last came, went, or answered
+        self._gone_at: dict[DeviceId, float] = {}  # of those that are awaited
         self._reveal_secret = rng(32) if reveal_secret is None else reveal_secret
         self._reveal_key = AgreementKey(self._reveal_secret)
         self._check_ins: dict[DeviceId, Signed[CheckIn]] = {}
@@ -283,6 +284,8 @@ class Round:
     def presence(self, device: DeviceId, online: bool, now: float, now_unix: int) -> list[Action]:
         """A hint that a device came or went. Nothing but waiting times hangs on it."""
         self._heard = now
+        if not online and device in self._awaited_names():
+            self._gone_at[device] = now
         (self._present.add if online else self._present.discard)(device)
         return self._advance(now, now_unix)
 
@@ -548,10 +551,11 @@ class Round:
     def _waited(self, now: float, limit_s: float) -> bool:
         """Whether the phase has waited for everyone it makes sense to wait for."""
         missing = self._awaited_names() - self._answered_names()
-        waited = now - self._entered
-        if not missing or waited >= limit_s:
+        if not missing or now - self._entered >= limit_s:
             return True
-        return not missing & self._present and waited >= self.spec.absent_grace_s
+        # Who went in the middle of its upload may be back in a moment, and go on with it.
+        since = max(self._entered, *(self._gone_at.get(device, 0.0) for device in missing))
+        return not missing & self._present and now - since >= self.spec.absent_grace_s
 
     def _end_gather(self, now: float, now_unix: int) -> list[Action]:
         spec, count = self.spec, len(self._check_ins)

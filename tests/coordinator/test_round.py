@@ -291,6 +291,20 @@ def test_the_absent_are_waited_for_only_a_moment(lab):
     assert play.machine.phase is Phase.SHARE
 
 
+def test_who_leaves_late_in_a_phase_is_waited_for_a_moment_too(lab):
+    play = lab.round()
+    kept = held(play, "Shares")
+    play.pass_time(5.0)  # far longer than the grace period
+    for name in lab.names[:3]:
+        hand(play, name, kept[name])
+    play.leave(lab.names[3])
+    assert play.machine.phase is Phase.SHARE
+    play.pass_time(0.9)
+    assert play.machine.phase is Phase.SHARE
+    play.pass_time(0.2)
+    assert play.machine.phase is not Phase.SHARE
+
+
 def test_gathering_takes_what_there_is_at_its_deadline(lab):
     play = lab.round()
     kept = held(play, "CheckIn")
