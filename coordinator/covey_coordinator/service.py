@@ -101,6 +101,7 @@ class CoordinatorService:
         self._came = asyncio.Event()  # a device came or went
         self._reconnect_s = 0.0
         self._confirming: asyncio.Task[None] | None = None
+        self._calling: asyncio.Task[None] | None = None
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -189,8 +190,11 @@ class CoordinatorService:
         self._confirming = self._spawn(self._confirm())
         play = self._open_play
         if play is not None and play.call is not None:
-            # The broker may have lost what it retained, and what was on its way.
-            self._spawn(self._guarded_once(self.publish(play.call)))
+            # The broker may have lost what it retained, and what was on its way. One at a time, however
+            # often connections break before this gets through.
+            if self._calling is not None:
+                self._calling.cancel()
+            self._calling = self._spawn(self._call_again(play.call))
             play.machine.repeat_soon(self.clock())
 
     async def _confirm(self) -> None:
@@ -201,9 +205,9 @@ class CoordinatorService:
             if (play := self._open_play) is not None:
                 play.presence(device, False)
 
-    async def _guarded_once(self, work: Awaitable[None]) -> None:
+    async def _call_again(self, call: Publish) -> None:
         with contextlib.suppress(TransportError):
-            await work
+            await self.publish(call)
 
     def _on_disconnected(self, reason: str) -> None:
         self.connected.clear()

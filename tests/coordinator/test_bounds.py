@@ -17,6 +17,7 @@ from covey_coordinator.inbox import Inbox
 from covey_coordinator.registry import Registry
 from covey_shared.messages import DeviceId
 from enrolling import make_fleet
+from memory_fleet import Fleet, config, go, hasten
 
 NAMES = [DeviceId(f"made-up-{i}") for i in range(10_000)]
 
@@ -87,6 +88,36 @@ def test_single_bytes_in_made_up_names_do_not_pile_up(monkeypatch: pytest.Monkey
 
     asyncio.run(scenario())
     assert 0 < len(held[0]) < len(NAMES)
+
+
+def test_a_connection_that_comes_and_goes_leaves_no_tasks_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is acknowledged before it breaks again: one call waits to be published again, not each."""
+    hasten(monkeypatch)
+    counts: list[int] = []
+
+    async def scenario() -> None:
+        async with Fleet(tmp_path, 3) as fleet:
+            playing = asyncio.create_task(fleet.play(fleet.run(config(1, 3))))
+            await fleet.phase("gather")
+            service = fleet.coordinator
+            real, free = service.transport.publish, asyncio.Event()
+
+            async def held(*arguments: Any, **more: Any) -> None:
+                await free.wait()
+                await real(*arguments, **more)
+
+            service.transport.publish = held  # type: ignore[method-assign]
+            for _ in range(50):
+                await service._on_connected()
+                await asyncio.sleep(0.001)
+                counts.append(len(asyncio.all_tasks()))
+            free.set()
+            assert (await playing).rounds_completed == 1
+
+    go(scenario())
+    assert max(counts[-5:]) <= max(counts[:5]) + 2
 
 
 def test_requests_for_renewal_that_were_followed_are_forgotten(tmp_path: Path) -> None:
