@@ -1,6 +1,7 @@
 """Fixtures that any test may ask for by name."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -8,6 +9,15 @@ from brokers import broker, broker_kind, brokers
 from processes import start
 
 __all__ = ["broker", "broker_kind", "brokers", "start"]
+
+
+@pytest.fixture(autouse=True)
+def umask_is_this_tests_own() -> Iterator[None]:
+    """The device's commands set it for their process, which here is that of all tests."""
+    before = os.umask(0o077)
+    os.umask(before)
+    yield
+    os.umask(before)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
