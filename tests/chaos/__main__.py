@@ -1,4 +1,4 @@
-"""python -m chaos, from the folder `tests`: faults on real processes. `make chaos` runs it.
+"""python -m chaos, with the folder `tests` on PYTHONPATH: faults on real processes. `make chaos` runs it.
 
 A real mosquitto, `covey up` and real devices on this machine play a run over TLS; meanwhile they are
 killed, stopped, cut off and given full disks, at moments that a seed draws. In the end every round's sum
@@ -76,11 +76,14 @@ def main(
         for line in outcome.broken:
             console.print(f"BROKEN: {line}", style="red", markup=False, soft_wrap=True)
         if not good:
-            again = f"--rounds {rounds}" if rounds else f"--seconds {seconds:g}"
+            bound = f"ROUNDS={rounds}" if rounds else f"SECONDS={seconds:g}"
+            more = f"--devices {devices} --network {network}"
+            more += " --only-kills" if only_kills else ""
             console.print(
-                f"again, as far as real processes allow: cd tests && python -m chaos {again} "
-                f"--seed {seed} --devices {devices} --network {network}",
+                f"again, as far as real processes allow, with all files kept: make chaos {bound} "
+                f'SEED={seed} ARGS="{more} --keep chaos-files"',
                 soft_wrap=True,
+                markup=False,
             )
     finally:
         if kept is not None:

@@ -142,11 +142,20 @@ class Verdict:
 
 
 class Checker:
-    """said: see `gather`. lines: the coordinator's history of rounds, oldest first."""
+    """said: see `gather`. lines: the coordinator's history of rounds, oldest first. copies: of
+    transcripts, by round, from before their payloads were taken out."""
 
     def __init__(
-        self, said: Said, lines: list[dict[str, Any]], run: Path, evidence: Path, plan: Path
+        self,
+        said: Said,
+        lines: list[dict[str, Any]],
+        run: Path,
+        evidence: Path,
+        plan: Path,
+        *,
+        copies: Path | None = None,
     ) -> None:
+        self.copies = copies
         self.said, self.lines, self.run = said, lines, run
         self.witness = Witness(evidence)
         self.bundle = load_bundle(plan)
@@ -283,29 +292,31 @@ class Checker:
     def _transcripts(self) -> None:
         """`covey verify` of each."""
         for line in self.lines:
-            path = self.run / "rounds" / f"{line['index']:05}" / "transcript"
-            if not path.exists():
-                continue
-            self.verdict.transcripts += 1
-            with path.open("rb") as source:
-                report = verify(
-                    source.read,
-                    fleet_ca=self.said.trust.ca,
-                    coordinator=self.said.trust.coordinator,
-                    find_model=Models(path, ()).find,
-                    average=average,
-                )
-            if report.failed:
-                self.verdict.breach(f"the transcript of round {line['round']} does not hold")
-            told = report.ending.outcome if report.ending else "none"
-            if told == "abandoned" and line["outcome"] == "completed":
-                self.verdict.breach(f"round {line['round']} completed; its transcript: abandoned")
-            if told == "completed":
-                if line["outcome"] != "completed":
-                    self.verdict.breach(
-                        f"round {line['round']} abandoned; its transcript: completed"
-                    )
-                self.verdict.proved += report.complete
+            name = f"{line['index']:05}"
+            paths = [self.run / "rounds" / name / "transcript"]
+            if self.copies is not None:
+                paths.append(self.copies / name / "transcript")
+            there = [path for path in paths if path.exists()]
+            proved = [self._transcript(path, line) for path in there]
+            self.verdict.transcripts += bool(there)
+            self.verdict.proved += any(proved)
+
+    def _transcript(self, path: Path, line: dict[str, Any]) -> bool:
+        """Whether it proves that its round completed with that sum and that model."""
+        with path.open("rb") as source:
+            report = verify(
+                source.read,
+                fleet_ca=self.said.trust.ca,
+                coordinator=self.said.trust.coordinator,
+                find_model=Models(path, ()).find,
+                average=average,
+            )
+        if report.failed:
+            self.verdict.breach(f"the transcript of round {line['round']} does not hold")
+        told = report.ending.outcome if report.ending else "none"
+        if {told, line["outcome"]} == {"completed", "abandoned"}:
+            self.verdict.breach(f"round {line['round']}: {line['outcome']}; its transcript: {told}")
+        return told == "completed" and report.complete
 
     def _device(self, device: str) -> None:
         """What it said, of each thing once."""

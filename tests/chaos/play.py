@@ -72,6 +72,7 @@ class Files:
         self.position, self.completed = 0, 0
         self.models: set[bytes] = set()
         self._seen = (0, 0)
+        self._copied: dict[str, tuple[int, int]] = {}
 
     async def read(self) -> None:
         """For ever."""
@@ -97,6 +98,23 @@ class Files:
             if (seen := (status.st_ino, status.st_mtime_ns)) != self._seen:
                 self._seen = seen
                 self.models.add(hashlib.sha256(path.read_bytes()).digest())
+
+        self._transcripts(run)
+
+    def _transcripts(self, run: Path) -> None:
+        """Copy each with its payloads before they are taken out: a full disk costs all of them."""
+        for path in (run / "rounds").glob("*/transcript"):
+            with contextlib.suppress(FileNotFoundError):
+                status, name = path.stat(), path.parent.name
+                now = (status.st_ino, status.st_mtime_ns)
+                before = path.with_name("model-before.bin")
+                if self._copied.get(name) == now or (name in self._copied and not before.exists()):
+                    continue
+                self._copied[name] = now
+                there = self.stage.transcripts / name
+                there.mkdir(exist_ok=True, parents=True)
+                shutil.copy(path, there)
+                shutil.copy(before, there)
 
     def _json(self, path: Path) -> None:
         try:
@@ -229,7 +247,8 @@ async def _judge(stage: Stage, observer: Observer, files: Files, wanted: Wanted)
 
     def judge() -> Verdict:
         said = gather(fleet.trust, observer.heard, stage.evidence, stage.run)
-        checker = Checker(said, history(stage.run), stage.run, stage.evidence, PLAN)
+        lines = history(stage.run)
+        checker = Checker(said, lines, stage.run, stage.evidence, PLAN, copies=stage.transcripts)
         verdict = checker.check()
         verdict.broken += files.broken
         if foreign := files.models - checker.models:

@@ -78,6 +78,11 @@ class Stage:
         return self.base / "evidence"
 
     @property
+    def transcripts(self) -> Path:
+        """Copies of rounds' transcripts, made while they had everything in them."""
+        return self.base / "transcripts"
+
+    @property
     def broker_url(self) -> str:
         """Past all proxies."""
         return f"mqtts://{self.machine.address}:{self.broker.port}"

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -224,22 +225,33 @@ class Played:
         self.said.add(sender, wire.sign(message, self.fleet.key).envelope)
 
 
-@pytest.fixture
-def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Played:
-    hasten(monkeypatch)
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    """Two rounds in memory, once for all tests."""
+    directory = tmp_path_factory.mktemp("played")
 
-    async def scenario() -> Played:
-        async with Fleet(tmp_path) as fleet:
+    async def scenario() -> Fleet:
+        async with Fleet(directory) as fleet:
             await fleet.play()
-            return Played(tmp_path, fleet)
+            return fleet
 
-    found: list[Played] = []
+    found: list[Fleet] = []
 
     async def keep() -> None:
         found.append(await scenario())
 
-    go(keep())
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        hasten(monkeypatch)
+        go(keep())
     return found[0]
+
+
+@pytest.fixture
+def played(original: Fleet, tmp_path: Path) -> Played:
+    """To be spoilt."""
+    directory = tmp_path / "copy"
+    shutil.copytree(original.directory, directory)
+    return Played(directory, original)
 
 
 def test_a_sound_run_is_found_sound(played: Played) -> None:
