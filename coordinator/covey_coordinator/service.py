@@ -184,7 +184,6 @@ class CoordinatorService:
     async def _on_connected(self) -> None:
         log.info("connected to the broker")
         self.connected.set()
-        self.registry.doubt()
         if self._confirming is not None:
             self._confirming.cancel()
         self._confirming = self._spawn(self._confirm())
@@ -211,6 +210,8 @@ class CoordinatorService:
 
     def _on_disconnected(self, reason: str) -> None:
         self.connected.clear()
+        # Not only when there is a connection again: by then some may have said that they are there.
+        self.registry.doubt()
         log.warning("%s", reason)
 
     def show(self, event: Moved | RoundOutcome | Progress) -> None:

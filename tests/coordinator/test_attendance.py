@@ -187,3 +187,31 @@ def test_a_broker_that_remembers_keeps_all_of_them(tmp_path: Path, monkeypatch: 
             assert fleet.coordinator.registry.present == before
 
     go(scenario())
+
+
+def test_who_speaks_before_the_connection_is_told_of_is_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Presence comes as soon as the subscription stands, and each device says it once."""
+    monkeypatch.setattr(service, "CONFIRM_S", 0.2)
+
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            before = fleet.coordinator.registry.present
+            coordinator, connected = fleet.coordinator, fleet.transport._on_connected
+
+            async def late() -> None:
+                while coordinator.registry._doubted:
+                    await asyncio.sleep(0.01)
+                await connected()
+
+            fleet.transport._on_connected = late
+            fleet.transport.cut()
+            assert coordinator.registry._doubted == before
+            await fleet.until(lambda: not coordinator.transport_up)
+            await fleet.until(lambda: coordinator.transport_up)
+            assert coordinator._confirming is not None
+            await asyncio.wait_for(asyncio.shield(coordinator._confirming), 10)
+            assert coordinator.registry.present == before
+
+    go(scenario())
