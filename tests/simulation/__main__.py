@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from simulation.bugs import BUGS
+from simulation.bugs import AMONG, BUGS
 from simulation.faults import KINDS
 from simulation.play import command, cores, play_many, report
 from simulation.world import play
@@ -60,7 +60,7 @@ def plant(first: int, seeds: int) -> int:
     for name, bug in BUGS.items():
         for seed in range(first, first + seeds):
             with bug():
-                verdict = play(seed)
+                verdict = play(seed, kinds=AMONG.get(name))
             if verdict.broken:
                 print(f"{name}: seed {seed}: {verdict.broken[0][:160]}")
                 break

@@ -27,6 +27,7 @@ from covey_device.audit import AuditLog
 from covey_device.keystore import MemoryFile
 from covey_device.service import DeviceService
 from covey_device.session import Memory, Publish, Save, Session
+from covey_device.unfinished import Unfinished
 from covey_shared import wire
 from covey_shared.errors import StorageError
 from covey_shared.messages import CheckIn, Manifest, RosterVote, ViewProposal
@@ -153,6 +154,32 @@ def _record_unsynced() -> Any:
     return mock.patch.object(AuditLog, "append", append)
 
 
+def _acts_on_the_unsynced() -> Any:
+    """What an earlier process was killed in the middle of writing, a power cut may still take back."""
+    return mock.patch.object(keystore, "sync_names", return_value=None)
+
+
+def keeps_no_upload() -> Any:
+    """A restart in the middle of an upload is the end of it: breaks nothing, and costs updates."""
+    return mock.patch.object(MemoryFile, "keep", return_value=None)
+
+
+def _uploads_another() -> Any:
+    """After a restart the payload is not the one that was begun, though its message is."""
+    real = MemoryFile.unfinished
+
+    def load(self: MemoryFile, *args: Any) -> Any:
+        found = real(self, *args)
+        return found and dataclasses.replace(found, payload=found.payload[::-1])
+
+    return mock.patch.object(MemoryFile, "unfinished", load)
+
+
+def _finishes_what_never_began() -> Any:
+    """An upload is gone on with though it is not remembered as a contribution."""
+    return mock.patch.object(Unfinished, "stands", return_value=True)
+
+
 # -- the coordinator -------------------------------------------------------------------------------
 
 
@@ -220,13 +247,13 @@ def _publishes_first() -> Any:
 
 def _forgets(*kinds: Any) -> Bug:
     """Entries of these kinds are not in the journal."""
-    real = Store.journal
+    real, messages = Store.journal, tuple(kind for kind in kinds if isinstance(kind, type))
 
     def write(self: Store, entries: Any, **rest: Any) -> None:
         kept = []
         for data in entries:
             entry = journal.decode(data)
-            if not isinstance(getattr(entry, "message", entry), kinds) and entry not in kinds:
+            if not isinstance(getattr(entry, "message", entry), messages) and entry not in kinds:
                 kept.append(data)
         real(self, kept, **rest)
 
@@ -417,6 +444,9 @@ BUGS: dict[str, Bug] = {
     "a device does not know what it answered": _no_answer_twice,
     "a device does not sync": _no_sync_on_devices,
     "a device does not sync its record": _record_unsynced,
+    "a device acts on what was not synced": _acts_on_the_unsynced,
+    "a device goes on with another upload": _uploads_another,
+    "a device goes on with an upload that never began": _finishes_what_never_began,
     "the coordinator does not sync": _no_sync,
     "the coordinator counts rounds in memory": _counts_in_memory,
     "the coordinator does not note that uploads begin": _uploads_unnoted,
@@ -443,3 +473,38 @@ BUGS: dict[str, Bug] = {
     "the coordinator gives up on a full disk": _gives_up_on_a_full_disk,
     "the coordinator waits while it cannot be heard": _waits_unheard,
 }
+
+_K, _P = ("coordinator-kill",), ("coordinator-power-cut",)
+AMONG: dict[str, tuple[str, ...]] = {
+    "a device never saves": ("kill",),
+    "a device acts on what it could not save": ("kill", "disk"),
+    "a device loads an older memory": ("kill",),
+    "a device follows a round it was in": ("kill",),
+    "a device does not sync": ("power-cut",),
+    "a device does not sync its record": ("power-cut",),
+    "a device acts on what was not synced": ("kill", "power-cut"),
+    "a device goes on with another upload": ("kill",),
+    "a device goes on with an upload that never began": ("kill",),
+    "the coordinator does not sync": _P,
+    "the coordinator does not sync its database": _P,
+    "the coordinator does not sync its spool": _P,
+    "the coordinator counts rounds in memory": _K,
+    "the coordinator ends a round in two transactions": _K,
+    "the coordinator sends before it writes down": _K,
+    "the coordinator takes what a full disk refused for written": (*_K, "coordinator-disk"),
+    "the coordinator forgets what it gathered": _K,
+    "the coordinator forgets its manifest": _K,
+    "the coordinator forgets votes": _K,
+    "the coordinator forgets what is in the sum": _K,
+    "the coordinator forgets its view": _K,
+    "the coordinator takes a round up with another manifest": _K,
+    "the coordinator takes a round up with another reveal key": _K,
+    "the coordinator adds an update again": _K,
+    "the coordinator takes a round up and waits for nobody": _K,
+    "the coordinator does not take a round up": _K,
+    "the coordinator seals a transcript again": _K,
+    "the coordinator does not settle its files": _K,
+    "the coordinator names a model before it is there": _K,
+    "the coordinator gives up on a full disk": ("coordinator-disk",),
+}
+"""The kinds of faults that bring a bug out; of others, those that a seed has."""

@@ -9,10 +9,12 @@ is brought to that when a new process is about to begin, as the journal is by SQ
 import contextlib
 import sqlite3
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from covey_coordinator.store import opening
@@ -66,6 +68,21 @@ class Database:
         process.effect("disk: committed")
 
 
+_first: list[Engine] = []
+"""Later engines share what this one knows: its dialect, and the statements that it has compiled."""
+
+
+def _commit(real: Callable[[Any], None], connection: Any) -> None:
+    raw, info = connection.driver_connection, connection.info
+    database, process = info.get("database"), info.get("process")
+    written = info.get("written", 0) != raw.total_changes
+    info["written"] = raw.total_changes
+    if database is not None and written:
+        database.commit(raw, lambda: real(connection), process)
+    else:
+        real(connection)
+
+
 @contextlib.contextmanager
 def installed(database_of: Callable[[Process], Database | None]) -> Iterator[None]:
     """Have the databases of processes ask. database_of: the one of a process."""
@@ -73,21 +90,17 @@ def installed(database_of: Callable[[Process], Database | None]) -> Iterator[Non
 
     def engine_for(path: Path | None) -> Engine:
         engine, process = real(path), RUNNING.get()
+        if not _first:
+            engine.dialect.do_commit = partial(_commit, engine.dialect.do_commit)  # type: ignore[method-assign]
+            _first.append(engine)
+        engine.dialect, engine._compiled_cache = _first[0].dialect, _first[0]._compiled_cache
         database = database_of(process) if process is not None else None
-        if process is None or database is None or path != database.path:
-            return engine
-        commit = engine.dialect.do_commit
-
-        def do_commit(connection: Any) -> None:
-            raw, info = connection.driver_connection, connection.info
-            written = info.get("written", 0) != raw.total_changes
-            info["written"] = raw.total_changes
-            if written:
-                database.commit(raw, lambda: commit(connection), process)
-            else:
-                commit(connection)
-
-        engine.dialect.do_commit = do_commit  # type: ignore[method-assign]
+        if database is not None and path == database.path:
+            event.listen(
+                engine,
+                "connect",
+                lambda raw, record: record.info.update(database=database, process=process),
+            )
         return engine
 
     with mock.patch.object(opening, "engine_for", engine_for):
