@@ -51,6 +51,11 @@ class Child:
             self.lines.append(line.rstrip("\n"))
 
     @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
+    @property
     def text(self) -> str:
         return "\n".join(self.lines)
 

@@ -2,21 +2,33 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typing import TYPE_CHECKING, Any
 
 from covey_coordinator.store import RunDirectory, RunState
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 POLL_S = 0.3
 
 
-def follow(directory: RunDirectory, up: Callable[[], bool], console: Console | None = None) -> bool:
+def follow(
+    directory: RunDirectory, up: Callable[[], bool], console: "Console | None" = None
+) -> bool:
     """Print until the run ends. True if it gave a model. Ctrl-C stops following, not the run.
 
     up: whether there is a `covey up` that plays it.
     """
+    # Not above: `covey up` has only words from this module, and starts sooner without.
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
     console = console or Console()
     shown, paused = 0, False
     columns = (

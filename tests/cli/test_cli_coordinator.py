@@ -1,7 +1,6 @@
 """What an operator sees of `covey`, command by command, without processes."""
 
 import errno
-import json
 import os
 import re
 import subprocess

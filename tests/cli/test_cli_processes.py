@@ -18,7 +18,7 @@ from brokers import missing
 from covey_coordinator.broker import embedded
 from covey_coordinator.store import FILE, RunDirectory, Store
 from memory_fleet import PLAN
-from processes import COVEY, COVEY_DEVICE, Child, covey, free_port
+from processes import COVEY, COVEY_DEVICE, Child, covey, free_port, wait
 
 
 def make_fleet(tmp_path: Path, n: int) -> None:
@@ -150,6 +150,43 @@ def test_from_an_empty_directory_to_a_model_and_on_after_a_stop(
     assert all(child.lines[-1].endswith(": stopped") for child in devices)
     assert coordinator.end() == 0
     assert not (fleet / "farm" / "status.json").exists()
+
+
+def test_killed_and_started_again_it_goes_on_by_itself(fleet: Path, start: Callable[..., Child]):
+    queued = covey(
+        fleet, "run", "run.toml", "--name", "long", "--rounds", 2, "--detach", "--fleet-dir", "farm"
+    )
+    assert queued.returncode == 0
+    devices = [device(start, i) for i in range(3)]
+    with Store.open(fleet / "farm" / FILE) as store:
+        directory = RunDirectory(fleet / "farm" / "runs" / "long", store)
+        for phase, done in (("gather", 0), ("collect", 1)):
+            coordinator = up(start)
+            # What it took of the processor: the clock tells of other tests as well.
+            spent = psutil.Process(coordinator.pid).cpu_times()
+            assert spent.user + spent.system < 2
+
+            def reached(phase: str = phase, done: int = done) -> bool:
+                now, opened = directory.progress(), store.opened()
+                over = store.run("long").rounds_done
+                here = now is not None and opened is not None and now.round == opened.round
+                return over > done or (
+                    here and over == done and now is not None and now.phase == phase
+                )
+
+            wait(reached)
+            coordinator.kill()
+        before = store.rounds("long")
+        coordinator = up(start)
+        coordinator.until("run long completed: 2 rounds completed, 0 abandoned$")
+        after = store.rounds("long")
+        assert after[: len(before)] == before
+        assert [line["index"] for line in after] == [1, 2]
+        assert [line["survivors"] for line in after] == [3, 3]
+        assert directory.read_metrics() == after
+        assert store.opened() is None
+    for child in [coordinator, *devices]:
+        assert child.end() == 0
 
 
 def test_a_device_without_a_broker_keeps_trying_and_stops_at_once(
