@@ -318,7 +318,7 @@ def test_an_update_in_the_sum_must_be_the_one_that_was_announced(tmp_path: Path)
     made.path(A).write_bytes(bytes(len(DATA)))
     with pytest.raises(MalformedError, match="not the update that a announced"):
         made.whole(A, DIGEST, len(DATA))
-    with pytest.raises(StorageError, match="cannot read .*: No such file"):
+    with pytest.raises(StorageError, match=r"cannot read .*: No such file"):
         made.whole(B, DIGEST, len(DATA))
 
 
