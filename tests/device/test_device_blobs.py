@@ -296,6 +296,27 @@ def test_a_kept_download_that_was_wrong_is_fetched_anew(tmp_path: Path):
     go(scenario())
 
 
+def test_what_was_wrong_is_not_kept_for_the_next_process(tmp_path: Path):
+    def wrong(fetcher: BlobFetcher, time: int, ranges: Any) -> None:
+        if time == 1:
+            fetcher.feed(poisoned(0))
+            everything(fetcher, time, ((1, 3),))
+
+    async def scenario() -> None:
+        first = Bench(wrong, tmp_path)
+        fetching = asyncio.create_task(first.fetch())
+        while len(first.asked) < 2:
+            await asyncio.sleep(0.005)
+        fetching.cancel()
+        await asyncio.wait({fetching})
+        await asyncio.get_running_loop().run_in_executor(first.pool, lambda: None)
+        again = Bench(everything, tmp_path)
+        assert await again.fetch() == DATA
+        assert again.asked == [((0, 4),)]
+
+    go(scenario())
+
+
 def test_a_disk_that_is_full_costs_no_blob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
