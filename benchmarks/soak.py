@@ -347,6 +347,10 @@ class Fleet:
             if child.poll() is not None:
                 raise click.ClickException(f"{name} ended by itself; see {self.logs}")
 
+    def processor_s(self) -> float:
+        """Seconds that all processes have computed so far."""
+        return sum(sum(one.process.cpu_times()[:2]) for one in self.processes)
+
     def close(self) -> None:
         """End what runs, the devices first."""
         for child in reversed(self.children):
@@ -409,20 +413,22 @@ def fleet_in(path: Path, devices: int, traced: Sequence[str]) -> Iterator[Fleet]
 @dataclass
 class Played:
     """How it went. lines: of metrics.jsonl. traces: name -> snapshots at the baseline and at the end.
-    run_disk: (round, bytes of the run's directory)."""
+    run_disk: (round, bytes of the run's directory). seconds: it took; processor_s: of all processes."""
 
     lines: list[dict[str, Any]]
     processes: list[Process]
     traces: dict[str, list[tracemalloc.Snapshot]]
     run_disk: list[tuple[int, int]]
     seconds: float
+    processor_s: float
 
 
 def soak(fleet: Fleet, rounds: int, baseline: int, console: Console) -> Played:
     """Play the rounds, and look at everything after each. Raises ClickException."""
     run = fleet.queue(rounds)
     metrics, lines, started = run / "metrics.jsonl", 0, time.monotonic()
-    played = Played([], fleet.processes, {}, [], 0.0)
+    played = Played([], fleet.processes, {}, [], 0.0, 0.0)
+    before_s = fleet.processor_s()
     progress_s = started
     while lines < rounds:
         since, last = time.monotonic(), lines
@@ -448,7 +454,7 @@ def soak(fleet: Fleet, rounds: int, baseline: int, console: Console) -> Played:
             progress_s = time.monotonic()
             up = fleet.processes[0].samples[-1].rss / 1e6
             console.print(f"round {lines} of {rounds}; the coordinator holds {up:.1f} MB")
-    played.seconds = time.monotonic() - started
+    played.seconds, played.processor_s = time.monotonic() - started, fleet.processor_s() - before_s
     text = metrics.read_text(encoding="utf-8")
     played.lines = [json.loads(line) for line in text.splitlines()]
     return played
@@ -522,6 +528,7 @@ def rows_of(
         Row("rounds", rounds, "", "", True),
         Row("rounds completed", completed, "", f">= {rounds}", completed >= rounds),
         Row("seconds a round", played.seconds / max(1, rounds), "s", "", True),
+        Row("processor time, a round", played.processor_s / max(1, rounds), "s", "", True),
     ]
     limit = 1 + MOST_GROWTH
     for name, group in groups:

@@ -41,7 +41,7 @@ def broken(soak: ModuleType, name: str, rss: Callable[[int], float], **more: Any
     played = soak.Played(
         [{"outcome": "completed"}] * more.get("completed", ROUNDS)
         + [{"outcome": "abandoned"}] * (ROUNDS - more.get("completed", ROUNDS)),
-        [], {}, [], 1.0,
+        [], {}, [], 1.0, 1.0,
     )  # fmt: skip
     rows = soak.rows_of([soak.Growth(name, samples, BASELINE, ROUNDS)], played, BASELINE)
     return {row.name for row in rows if not row.holds}
