@@ -7,7 +7,7 @@ each process is read, and every few rounds its private and proportional share of
     python benchmarks/soak.py [--rounds 500] [--devices 20] [--json FILE]
 
 The bounds compare the end with `--baseline`, by when a process has loaded and allocated what it needs:
-medians of five rounds for memory, the most of ten rounds for what is counted. `--trace coordinator` or
+medians of five rounds for memory, the fewest of ten rounds for what is counted. `--trace coordinator` or
 `--trace pi-01` (any number of them) has Python note where the memory of that process was allocated, and
 prints what grew; a traced process is slower, takes more, and is left out of the bounds.
 
@@ -59,7 +59,7 @@ CACHE, CACHE_MB = "state/cache", 1
 """Where a device keeps plans and models, and what they may take here: full after some fifty rounds."""
 
 MOST_MORE = 2
-"""Open files, threads and tasks at the end, beyond those at the baseline: what a moment may differ by."""
+"""Open files, threads and tasks at the end, beyond those at the baseline: a pool may have had room left."""
 
 MOST_DEVICE_BYTES = 4000
 """On a device's disk, for each round: its owner's log of what it joined and sent, until that is full."""
@@ -165,9 +165,10 @@ class Growth:
         return float((after - before) / (last - first))
 
     def counted(self, kind: str) -> tuple[int, int]:
-        """The most of some rounds, at the baseline and at the end. kind: fds, threads, tasks, blocks."""
+        """The fewest of some rounds, at the baseline and at the end: what is open for a moment is no leak.
+        kind: fds, threads, tasks, blocks."""
         before, after = (
-            max(getattr(s, kind) for s in self._near(n, COUNTS)) for n in (self.baseline, self.last)
+            min(getattr(s, kind) for s in self._near(n, COUNTS)) for n in (self.baseline, self.last)
         )
         return before, after
 
