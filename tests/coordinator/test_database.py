@@ -367,6 +367,37 @@ def _check_against(path: Path, acknowledged: list[list[Any]]) -> None:
         assert entries == []
 
 
+def pragma(store: Store, name: str) -> object:
+    connection = store._connected().connection.driver_connection
+    assert connection is not None
+    return connection.execute(f"PRAGMA {name}").fetchone()[0]
+
+
+def test_what_is_durable_is_synced(store: Store):
+    """That it survives a power cut no test of one process can show: that SQLite is told to, it can."""
+    assert pragma(store, "journal_mode") == "wal"
+    assert [pragma(store, name) for name in ("foreign_keys", "secure_delete")] == [1, 1]
+    full, normal = 2, 1
+    store.open_round(opened())
+    assert pragma(store, "synchronous") == full
+    for write, expected in (
+        (lambda: store.journal([b"a"], durable=False), normal),
+        (lambda: store.journal([b"a"]), full),
+        (lambda: store.received("pi-1", b"\x01"), normal),
+        (store.next_round, full),
+        (lambda: store.journal([b"a"], durable=False), normal),
+        (lambda: finish(store, 7, 1), full),
+    ):
+        write()
+        assert pragma(store, "synchronous") == expected
+    # And after an error that drops the connection.
+    with pytest.raises(StorageError), store._writing(durable=False) as connection:
+        connection.exec_driver_sql("INSERT INTO nowhere VALUES (1)")
+    store.next_round()
+    assert pragma(store, "synchronous") == full
+    assert pragma(store, "secure_delete") == 1
+
+
 # -- a disk that refuses ---------------------------------------------------------------------------
 
 
