@@ -96,7 +96,10 @@ def _faults(
     some = chance.sample(devices, chance.randint(1, len(devices)))
     back_s = chance.choice((0.1, 1.0, 3.0, 8.0))
     # Most deaths between two writes or two messages: what is half done then, a restart must make whole.
-    effect, after = chance.choice((("", 60), ("disk", 30), ("publish", 10)))
+    effects = [("", 60), ("disk", 30), ("publish", 10)]
+    if kind.startswith("coordinator"):
+        effects.append(("disk: commit", 12))
+    effect, after = chance.choice(effects)
     after = chance.randint(0, after)
     moment = f"before its {effect or 'any'} effect {after} from now, back after {back_s:g} s"
     match kind:

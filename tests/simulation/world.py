@@ -26,11 +26,12 @@ from unittest import mock
 
 import numpy as np
 
-from covey_coordinator import store
+from covey_coordinator import pace, store
 from covey_coordinator.config import (
     CohortConfig,
     DeadlinesConfig,
     EncodingConfig,
+    PaceConfig,
     RunConfig,
     TranscriptsConfig,
     WorkConfig,
@@ -70,6 +71,8 @@ NOW_UNIX = 1_900_000_000
 N_PARAMS = 60
 CHUNK_BYTES = 48
 """Small, so that a model and an update are several chunks."""
+CROWD = 3
+"""More devices than so many spread over some time what all are called to do."""
 ROUNDS = 1000
 DEADLINES = DeadlinesConfig(
     gather_s=6.0, share_s=6.0, collect_s=10.0, unmask_s=6.0, absent_grace_s=0.5, resend_s=1.0
@@ -267,6 +270,7 @@ class World:
             work=WorkConfig(batches=1, batch_size=1, seconds=3600.0),
             encoding=EncodingConfig(value_bits=chance.choice((8, 16)), clip=0.5),
             deadlines=DEADLINES,
+            pace=PaceConfig(devices_per_s=float(chance.choice((1, 2, 50)))),
             transcripts=TranscriptsConfig(
                 keep=chance.choice(("full", "full", "full", "signatures", "off")),
                 full_rounds=chance.choice((1, 3, 10)),
@@ -767,6 +771,7 @@ def play(
         with (
             quick_crypto(_ephemeral),
             mock.patch.object(chunks, "CHUNK_BYTES", CHUNK_BYTES),
+            mock.patch.object(pace, "SMALL", CROWD),
             mock.patch.object(shutil, "disk_usage", return_value=SimpleNamespace(free=10**12)),
             warnings.catch_warnings(),
         ):
