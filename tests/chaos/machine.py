@@ -99,8 +99,9 @@ class Machine:
             self.lacks.append("no network namespaces: partitions and delays are the proxies' alone")
         if self.namespaces and not self.netem:
             self.lacks.append(
-                "this kernel has no netem (CONFIG_NET_SCH_NETEM): loss and delay are the proxies', "
-                "partitions are real" + (", and so are slow links (tbf)" if self.shaping else "")
+                "this kernel has no netem (CONFIG_NET_SCH_NETEM), so no packets are lost: delays and stalls "
+                "are the proxies', partitions are real"
+                + (", and so are slow links (tbf)" if self.shaping else "")
             )
 
     @property
