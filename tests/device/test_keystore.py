@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import covey_device.files
@@ -137,6 +137,7 @@ def test_a_new_device_remembers_nothing(tmp_path: Path):
 MODELS = st.dictionaries(st.binary(min_size=32, max_size=32).map(bytes.hex), st.integers(0, 65535))
 
 
+@settings(deadline=None)  # it waits for the disk
 @given(last_round=st.integers(0, 2**53), contributed=MODELS)
 def test_what_was_saved_is_loaded(
     tmp_path_factory: pytest.TempPathFactory, last_round: int, contributed: dict[str, int]
