@@ -107,6 +107,10 @@ benchmarks: setup ## the benchmarks, with their bounds
 soak: setup ## 500 rounds with 20 devices in one go: what every process holds after each (ARGS="--rounds 100")
 	@$(BIN)/python benchmarks/soak.py $(ARGS)
 
+.PHONY: stampede
+stampede: setup ## 500 devices that lose their broker in the middle of a round (options: ARGS="--devices 100")
+	@$(BIN)/python benchmarks/stampede.py $(ARGS)
+
 .PHONY: attacks
 attacks: setup ## every attack on a round, in memory and over a real mosquitto, and what becomes of it
 	@$(BIN)/python -m pytest tests/attacks -m "not slow" -n $(JOBS) -q --no-header --listing $(ARGS)

@@ -89,6 +89,10 @@ class _Reporting(MqttTransport):
         super().__init__(*args, **more)
         self.name = name
 
+    async def _establish(self, connection: Any) -> Any:
+        _say("try", self.name)
+        return await super()._establish(connection)
+
     async def start(self, on_message: Any, on_connected: Any, on_disconnected: Any) -> None:
         async def connected() -> None:
             _say("up", self.name)
@@ -171,7 +175,8 @@ def main() -> None:
 class Crowd:
     """A broker, a coordinator, and n devices in `processes` processes. ``async with`` has them all there.
 
-    ups: when which device had a connection, in seconds of the monotonic clock. down: who has none.
+    ups, downs: when which device had a connection or lost it, in seconds of the monotonic clock. tries: when
+    one began to connect.
     """
 
     directory: Path
@@ -181,6 +186,7 @@ class Crowd:
     train_s: float = 0.3
     ups: list[tuple[float, str]] = field(default_factory=list)
     downs: list[tuple[float, str, str]] = field(default_factory=list)
+    tries: list[float] = field(default_factory=list)
     connected: set[str] = field(default_factory=set)
 
     async def __aenter__(self) -> "Crowd":
@@ -274,6 +280,8 @@ class Crowd:
             if what == "up":
                 self.ups.append((at, name))
                 self.connected.add(name)
+            elif what == "try":
+                self.tries.append(at)
             else:
                 self.downs.append((at, name, more))
                 self.connected.discard(name)
