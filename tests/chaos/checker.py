@@ -348,7 +348,7 @@ class Checker:
     def _number(self, at: object) -> object:
         if isinstance(at, bytes) and (cohort := self.said.cohorts.get(at)) is not None:
             return cohort.head.round
-        return at
+        return at[1] if isinstance(at, tuple) else at
 
 
 # -- what processes leave --------------------------------------------------------------------------

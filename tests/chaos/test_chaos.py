@@ -217,8 +217,9 @@ class Played:
         return any(words in line for line in self.verdict().broken)
 
     def message(self, sender: str, kind: type[Any]) -> Any:
-        """The first of a kind."""
-        return next(self.said.of(sender, kind))
+        """One of the first round."""
+        cohorts = self.said.cohorts
+        return next(m for m in self.said.of(sender, kind) if cohorts[m.h].head.round == 1)
 
     def forge(self, sender: str, message: Any) -> None:
         """Let it have been said."""
