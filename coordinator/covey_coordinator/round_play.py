@@ -207,6 +207,8 @@ class RoundPlay:
         log.info("round %d is taken up again", self.machine.spec.call.round)
         self.call = Publish(wire.sign(self.machine.spec.call, hands.key), retain=True)
         await hands.publish(self.call)
+        if self.machine.over:  # all that was left to do is to save what it came to
+            hands.show(Moved(self.machine.phase, "taken up again", resumed=True))
         await self._write_down()  # of a round that was never called
         await self._carry_out(actions)
 
