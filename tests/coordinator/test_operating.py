@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -342,6 +343,16 @@ def test_a_rollback_that_died_half_way_is_finished_by_whoever_comes_next(
     run.settle(run.state(), whole=True)  # as the next process does, in the middle of a round
     assert (run.round(2) / "model.onnx").read_bytes() == b"onnx 7"
     assert (run.path / "rolled-back" / "00002-2" / "model.onnx").read_bytes() == b"onnx 2"
+
+
+def test_a_round_without_files_leaves_those_of_its_successor_alone(fleet: Path, run: RunDirectory):
+    play(run, True, True)
+    shutil.rmtree(run.round(2))
+    (run.path / "parameters.bin").write_bytes(MODELS[1].tobytes())
+    back(fleet, 1)
+    run.stage_model(2, MODELS[5], b"of the round that is open now")
+    run.settle(run.state(), whole=True)
+    assert (run.round(2) / "model.onnx").read_bytes() == b"of the round that is open now"
 
 
 # -- a database that is older than the runs --------------------------------------------------------
