@@ -13,7 +13,7 @@ from unittest import mock
 
 import msgspec
 
-from covey_coordinator import files, journal, transcript
+from covey_coordinator import files, journal, spool, transcript
 from covey_coordinator import round as coordinator_round
 from covey_coordinator.journal import Added, Entered
 from covey_coordinator.round import Phase, Round
@@ -309,6 +309,21 @@ def _spool_unsynced() -> Any:
     return mock.patch.object(FileSink, "sync", return_value=None)
 
 
+def _spool_unnamed() -> Any:
+    """An upload is synced, and its name is not."""
+    return mock.patch.object(spool, "sync_directory", return_value=None)
+
+
+def _model_unsynced() -> Any:
+    """The model beside a transcript, without which nobody can check the average."""
+    real = transcript.write_atomic
+
+    def write_atomic(path: Any, data: bytes, **rest: Any) -> None:
+        real(path, data, **{**rest, "durable": False})
+
+    return mock.patch.object(transcript, "write_atomic", write_atomic)
+
+
 def begins_anew() -> Any:
     """An open round is not taken up again. Costs the rounds that a death interrupts."""
     real = CoordinatorService._opened
@@ -440,6 +455,8 @@ BUGS: dict[str, Bug] = {
     "the coordinator does not note that uploads begin": _uploads_unnoted,
     "the coordinator does not sync its database": _commits_unsynced,
     "the coordinator does not sync its spool": _spool_unsynced,
+    "the coordinator does not sync names in its spool": _spool_unnamed,
+    "the coordinator does not sync the model beside a transcript": _model_unsynced,
     "the coordinator ends a round in two transactions": _ends_in_two_steps,
     "the coordinator sends before it writes down": _publishes_first,
     "the coordinator takes what a full disk refused for written": _ignores_a_full_disk,
@@ -473,6 +490,8 @@ AMONG: dict[str, tuple[str, ...]] = {
     "the coordinator does not sync": _P,
     "the coordinator does not sync its database": _P,
     "the coordinator does not sync its spool": _P,
+    "the coordinator does not sync names in its spool": _P,
+    "the coordinator does not sync the model beside a transcript": _P,
     "the coordinator counts rounds in memory": _K,
     "the coordinator ends a round in two transactions": _K,
     "the coordinator sends before it writes down": _K,

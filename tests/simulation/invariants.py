@@ -91,7 +91,7 @@ class Watch:
         self._digests: set[bytes] = set()  # of all that was ever said, but for chunks
         self._results: dict[int, bytes] = {}  # what was said of a round's sum
         self.disturbed: set[int] = set()  # rounds in which the coordinator or its disk failed
-        self._read: dict[tuple[Path, bytes, bool, bool], str] = {}  # transcripts that were judged
+        self._read: dict[tuple[Path, bytes, bytes, bool], str] = {}  # transcripts that were judged
         self._members: dict[bytes, list[DeviceId]] = {}  # of a manifest
         self._unquiet = False  # since the last call
         self.proven: set[int] = set()  # rounds whose transcript was found good, with all payloads
@@ -365,13 +365,9 @@ class Watch:
     def _sound(self, path: Path, round_id: int, *, completed: bool) -> str:
         """Everything that can be checked of a transcript holds. completed: so is its round, of which
         more is known. Returns how it says that its round ended, or that it is another's."""
-        data, models = path.read_bytes(), Models(path, ())
-        key = (
-            path,
-            hashlib.sha256(data).digest(),
-            path.with_name(MODEL_BEFORE).exists(),
-            completed,
-        )
+        data, models, model = path.read_bytes(), Models(path, ()), path.with_name(MODEL_BEFORE)
+        beside = model.read_bytes() if model.exists() else b""
+        key = (path, hashlib.sha256(data).digest(), hashlib.sha256(beside).digest(), completed)
         if key not in self._read:
             self._read[key] = self._judged(path, data, models, round_id, completed=completed)
         return self._read[key]

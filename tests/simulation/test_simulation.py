@@ -165,6 +165,8 @@ FOUND_BY = {
     "the coordinator does not sync": (2, ""),
     "the coordinator does not sync its database": (2, ""),
     "the coordinator does not sync its spool": (3, "has a sum and is abandoned"),
+    "the coordinator does not sync names in its spool": (12, "has a sum and is abandoned"),
+    "the coordinator does not sync the model beside a transcript": (3, "could be checked"),
     "the coordinator counts rounds in memory": (0, "two calls of one round"),
     "the coordinator does not note that uploads begin": (12, "uploads have begun before"),
     "the coordinator sends before it writes down": (4, "two manifests for one round"),
