@@ -104,7 +104,7 @@ def test_forged_chunks_cost_time_and_nothing_else(
     forged: list[bytes] = []
 
     async def scenario() -> None:
-        async with small_fleet(tmp_path, broker_kind, rounds=2) as played:
+        async with small_fleet(tmp_path, broker_kind, rounds=2, deadlines=PATIENT) as played:
             fleet, own = played.fleet, played.fleet.topics
             sizes = {bytes(hashlib.sha256(b).digest()): len(b) for b in played.run.blobs()}
             tasks = set()
