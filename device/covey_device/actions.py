@@ -39,6 +39,11 @@ class Train:
 
 
 @dataclass(frozen=True, slots=True)
+class Hurry:
+    """The call came again while its blobs are being fetched: who serves them is there now."""
+
+
+@dataclass(frozen=True, slots=True)
 class StopTraining:
     """The round no longer wants this device's update."""
 
@@ -91,7 +96,18 @@ class Renew:
 
 
 Action = (
-    Publish | Upload | Fetch | Train | StopTraining | Save | Keep | Forget | Ended | Pace | Renew
+    Publish
+    | Upload
+    | Fetch
+    | Hurry
+    | Train
+    | StopTraining
+    | Save
+    | Keep
+    | Forget
+    | Ended
+    | Pace
+    | Renew
 )
 
 

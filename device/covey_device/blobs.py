@@ -47,6 +47,7 @@ class _Download:
     fresh: list[int] = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    hurried: bool = False
 
 
 class BlobFetcher:
@@ -87,6 +88,13 @@ class BlobFetcher:
         """These are in use: the cache is to keep them before all others."""
         if self._cache is not None:
             self._cache.hold(digests)
+
+    def hurry(self) -> None:
+        """Somebody is there who serves blobs: what nothing has come of for a while is asked for now,
+        however seldom it was asked for last."""
+        for download in self._open.values():
+            download.hurried = True
+            download.progress.set()
 
     async def fetch(self, digest: bytes, size: int, *, limit: int) -> bytes:
         """The blob, its hash checked. limit: most bytes it may have.
@@ -175,6 +183,7 @@ class BlobFetcher:
     async def _gather(self, download: _Download) -> None:
         assembly, progress = download.assembly, download.progress
         patience_s, attempts = PATIENCE_S, 0
+        clock = asyncio.get_running_loop().time
         while not assembly.complete:
             if attempts > MAX_ATTEMPTS_WITHOUT_PROGRESS:
                 raise RefusedError(
@@ -182,7 +191,7 @@ class BlobFetcher:
                     f"{assembly.n_received} of {assembly.n_chunks} chunks"
                 )
             await self._ask(assembly.digest, assembly.missing(MAX_RANGES))
-            attempts += 1
+            last, attempts, download.hurried = clock(), attempts + 1, False
             while not assembly.complete:
                 progress.clear()
                 try:
@@ -190,7 +199,12 @@ class BlobFetcher:
                         await progress.wait()
                 except TimeoutError:
                     break
-                patience_s, attempts = PATIENCE_S, 1
+                if not download.hurried:
+                    last, patience_s, attempts = clock(), PATIENCE_S, 1
+                elif clock() - last >= PATIENCE_S:
+                    patience_s, attempts = PATIENCE_S / 2, 0
+                    break
+                download.hurried = False
             patience_s = min(patience_s * 2, MAX_PATIENCE_S)
 
     # -- what comes is kept -----------------------------------------------------------------------

@@ -19,6 +19,7 @@ from covey_device.actions import (
     Ended,
     Fetch,
     Forget,
+    Hurry,
     Keep,
     Pace,
     Prepared,
@@ -391,6 +392,8 @@ class DeviceService:
                     task.cancel()
                 self._uploads.clear()
                 self._spawn(self._round_tasks, self._fetch(call, self._spread_s(call)))
+            case Hurry():
+                self._blobs.hurry()
             case Pace(seconds):
                 self.transport.reconnect_within(seconds)
             case Train(round_id, head):

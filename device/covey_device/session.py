@@ -24,6 +24,7 @@ from covey_device.actions import (
     Ended,
     Fetch,
     Forget,
+    Hurry,
     Keep,
     Pace,
     Prepared,
@@ -321,7 +322,7 @@ class Session:
             participant = self._in_round().participant
             if participant is not None:
                 return [Publish(participant.check_in)]
-        return []
+        return [Hurry()] if self.phase is Phase.FETCHING else []
 
     def _manifest(self, current: _Round, signed: Signed[Manifest]) -> list[Action]:
         self._refuse_out_of_order(Event.MANIFEST, "manifest")

@@ -372,3 +372,34 @@ def test_a_cancelled_fetch_leaves_a_later_one_alone():
         assert await second == DATA
 
     go(scenario())
+
+
+def test_who_serves_is_back_and_is_asked_at_once(monkeypatch: pytest.MonkeyPatch):
+    """However seldom it was asked for last; but not while chunks come, or again and again."""
+    monkeypatch.setattr(blobs, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(blobs, "MAX_PATIENCE_S", 60.0)
+    back = False
+
+    def answer(fetcher: BlobFetcher, time: int, ranges: Any) -> None:
+        if back:
+            everything(fetcher, time, ranges)
+
+    async def scenario() -> None:
+        nonlocal back
+        bench = Bench(answer)
+        fetching = asyncio.create_task(bench.fetch())
+        while len(bench.asked) < 4:
+            await asyncio.sleep(0.01)
+        # The next time would be in 1.6 s.
+        bench.fetcher.hurry()
+        await asyncio.sleep(0.02)
+        assert len(bench.asked) == 4  # it was asked for just now
+        await asyncio.sleep(0.3)
+        back = True
+        bench.fetcher.hurry()
+        async with asyncio.timeout(0.5):
+            assert await fetching == DATA
+        assert len(bench.asked) == 5
+        bench.fetcher.hurry()  # with nothing to fetch
+
+    go(scenario())

@@ -30,14 +30,16 @@ from simulation.world import COORDINATOR, CutShort, Interrupted, play
 
 TESTS = Path(__file__).parents[1]
 
-RESUMED = (7, 12, 13, 14, 16, 23, 24, 25)
+RESUMED = (7, 12, 13, 14, 16, 23, 24, 25, 36)
 """In them the coordinator dies in every phase."""
 
 CUT_SHORT = (0, 3, 5, 6, 7)
 """Without over-selection, where a sum does not wait for all."""
 
 
-@pytest.mark.parametrize("seed", range(1, 15))
+# 6663: a device that fetches while the coordinator is away asked so seldom in the end that the next
+# round's gathering was over before it asked again, though it heard the call.
+@pytest.mark.parametrize("seed", [*range(1, 15), 6663])
 def test_whatever_fails_nothing_breaks(seed: int):
     verdict = play(seed)
     assert not verdict.broken, "\n" + report(verdict, shrink=False)
