@@ -127,7 +127,7 @@ def test_a_device_that_vanishes_at_any_message(tmp_path: Path, kind: Any):
         async with Fleet(tmp_path, n=5, network=network) as fleet:
             network.tamper = tamper
             settings = config(
-                rounds=1, n=5, deadlines=short(share_s=1.0, collect_s=1.5, unmask_s=1.0)
+                rounds=1, n=5, deadlines=short(share_s=3.0, collect_s=4.0, unmask_s=3.0)
             )
             run = fleet.run(settings)
             state = await fleet.play(run)
