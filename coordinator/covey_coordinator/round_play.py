@@ -225,7 +225,8 @@ class RoundPlay:
         await self._hands.stored(lambda: self._desk.reopen(taken.received, added))
 
         def uploaded(device: DeviceId) -> bytes:
-            update = updates[device]
+            if (update := updates.get(device)) is None:
+                raise JournalError(f"an update of {device} that it never announced")
             return self._desk.whole(device, update.payload, update.payload_bytes)
 
         restored = await self._hands.in_thread(

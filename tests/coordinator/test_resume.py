@@ -5,15 +5,18 @@
 
 import asyncio
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from covey_coordinator import blobs
+from covey_coordinator.phases import encode_spec
 from covey_coordinator.run import Run
-from covey_coordinator.service import CoordinatorService
-from covey_coordinator.store import Store
+from covey_coordinator.service import CoordinatorService, to_go_on_with
+from covey_coordinator.store import OpenRound, Store
 from covey_shared import wire
 from covey_shared.errors import TransportError
 from covey_shared.messages import (
@@ -180,7 +183,7 @@ def test_half_an_upload_is_not_sent_again(tmp_path: Path, monkeypatch: pytest.Mo
     go(scenario())
 
 
-@pytest.mark.parametrize("harm", ["upload", "journal"])
+@pytest.mark.parametrize("harm", ["upload", "other upload", "journal", "unannounced", "garbage"])
 def test_a_round_that_cannot_go_on_is_abandoned_and_said_to_be(tmp_path: Path, harm: str):
     async def scenario() -> None:
         async with Fleet(tmp_path) as fleet:
@@ -191,6 +194,13 @@ def test_a_round_that_cannot_go_on_is_abandoned_and_said_to_be(tmp_path: Path, h
             run = fleet.run(config(rounds=2))
             if harm == "upload":
                 (run.directory.spool / "pi-1").unlink()
+            if harm == "other upload":
+                (run.directory.spool / "pi-1").write_bytes(
+                    (run.directory.spool / "pi-2").read_bytes()
+                )
+            if harm in ("unannounced", "garbage"):
+                entry = b"unobody" if harm == "unannounced" else b"\xff\x00"
+                coordinator.store.journal([entry])
             if harm == "journal":
                 entries = coordinator.store.entries()
                 cut = [e for e in entries if e[2:3] != bytes((RosterVote.CODE,))]
@@ -299,5 +309,35 @@ def test_a_device_that_left_meanwhile_is_not_waited_for(tmp_path: Path):
             state = await fleet.play(fleet.run(settings))
             assert state.rounds_completed == 1
             assert loop.time() - began < 10.0
+
+    go(scenario())
+
+
+def test_only_a_round_that_its_run_still_wants_goes_on(tmp_path: Path):
+    """Each of what is compared stands for a round that devices would refuse, or that nobody asked for."""
+
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            run = fleet.run(config(rounds=2))
+            spec = run.spec(fleet.trust.fleet, 1)
+
+            def opened(name: str = "run", index: int = 1, **call: Any) -> OpenRound:
+                changed = replace(spec, call=msgspec.structs.replace(spec.call, **call))
+                return OpenRound(name, index, 1, encode_spec(changed), bytes(32), 0.0)
+
+            assert to_go_on_with(run, opened()) == (spec, "")
+            for left, problem in [
+                (opened(name="other"), "it is one of run 'other'"),
+                (opened(index=2), "the run stands elsewhere now"),
+                (opened(model=bytes(32)), "the run stands elsewhere now"),
+                (opened(plan=bytes(32)), "the run has another plan now"),
+            ]:
+                found, said_why = to_go_on_with(run, left)
+                assert found is not None
+                assert said_why == problem
+            damaged = replace(opened(), spec=b"\xc1")
+            found, said_why = to_go_on_with(run, damaged)
+            assert found is None
+            assert "settings cannot be read" in said_why
 
     go(scenario())
