@@ -136,6 +136,9 @@ class DeviceService:
         )
         self._blob_prefix = self._topics.blob(b"")
         self.on_ended: Callable[[Ended], None] = lambda ended: None
+        self.on_status: Callable[[str], None] = lambda line: None
+        """Told in one line what this device is at, whenever that changes. Called in the event loop."""
+        self._status = ""
         self.present = Present()
         """Told of each time that the coordinator signs in a manifest."""
         self.renewal: Renewal | None = None
@@ -169,6 +172,7 @@ class DeviceService:
         self._spawn(self._tasks, self._say_online())
         if self.renewal is not None:
             self._spawn(self._tasks, self.renewal.run())
+        self._tell_status()
 
     async def close(self, *, graceful: bool = True) -> None:
         """Stop. graceful=False: as if the plug were pulled."""
@@ -233,6 +237,7 @@ class DeviceService:
         self._connected = True
         log.info("%s: connected", self.device)
         self._here.set()
+        self._tell_status()
 
     async def _say_online(self) -> None:
         """After each connection, but never more than once at a time, however often it breaks."""
@@ -244,6 +249,22 @@ class DeviceService:
     def _on_disconnected(self, reason: str) -> None:
         self._connected = False
         log.warning("%s: %s", self.device, reason)
+        self._tell_status()
+
+    @property
+    def status_line(self) -> str:
+        """What this device is at, for its owner."""
+        where = "" if self._connected else "not connected to the broker; "
+        round_id = self._session.round_id
+        if round_id is None:
+            return f"{where}waiting for a round"
+        return f"{where}round {round_id}: {self._session.phase.value}"
+
+    def _tell_status(self) -> None:
+        line = self.status_line
+        if line != self._status:
+            self._status = line
+            self.on_status(line)
 
     async def _ask(self, digest: bytes, ranges: Ranges) -> None:
         want = WantBlob(fleet=self._fleet, device=self.device, blob=digest, ranges=ranges)
@@ -275,6 +296,7 @@ class DeviceService:
         """Run a step of the session in a thread, one at a time, and carry its actions out."""
         async with self._lock:
             actions = await self._in_thread(self._pool, step)
+            self._tell_status()
             self._announce(actions)
             for position, action in enumerate(actions):
                 try:

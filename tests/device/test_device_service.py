@@ -406,3 +406,25 @@ def test_a_message_that_hits_a_bug_is_dropped(
     with caplog.at_level(logging.CRITICAL):
         go(scenario())
     assert not broken
+
+
+# -- the line for its owner ------------------------------------------------------------------------
+
+
+def test_what_a_device_is_at_is_told_in_one_line_each_time_that_changes(tmp_path: Path):
+    lines: list[str] = []
+
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            seat = fleet.seats[1]
+            seat.service.on_status = lines.append
+            await fleet.play(fleet.run(config(rounds=1)))
+            await fleet.until(lambda: bool(seat.ended))
+            assert lines[0].startswith("round 1: ")
+            assert "round 1: training" in lines
+            assert lines[-1] == seat.service.status_line == "waiting for a round"
+            assert all(one != other for one, other in zip(lines, lines[1:], strict=False))
+            seat.transport.cut(hold=True)
+            assert lines[-1] == "not connected to the broker; waiting for a round"
+
+    go(scenario())
