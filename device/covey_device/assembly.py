@@ -65,8 +65,8 @@ def load_device(path: Path) -> DeviceParts:
     certificate = _certificate(config, base, trust, identity)
     password = None
     if config.broker.password_file is not None:
-        password = _password(base / config.broker.password_file)
-    tls = _tls(config.broker, base)
+        password = password_of(base / config.broker.password_file)
+    tls = tls_of(config.broker, base)
     memory = MemoryFile(base / config.state)
     policy = PolicyFile(base / config.policy)
     return DeviceParts(
@@ -81,15 +81,17 @@ def _certificate(config: DeviceConfig, base: Path, trust: Trust, identity: Signi
     return load_certificate(path, trust.ca, config.fleet, config.device, identity.public)
 
 
-def _password(path: Path) -> str:
+def password_of(path: Path) -> str:
+    """The first line of the file that `broker.password_file` names. Raises ConfigError."""
     try:
         return path.read_text(encoding="utf-8").split("\n", 1)[0].strip()
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(f"broker.password_file {path}", error) from error
 
 
-def _tls(broker: BrokerConfig, base: Path) -> ssl.SSLContext | None:
-    """Trusts the configured authority, and no other; None if none is configured."""
+def tls_of(broker: BrokerConfig, base: Path) -> ssl.SSLContext | None:
+    """Trusts the configured authority, and no other; None if none is configured. base: device.toml's
+    folder. Raises ConfigError."""
     if broker.ca_file is None:
         return None
     ca_file = base / broker.ca_file
