@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import itertools
 import logging
 import os
 import threading
@@ -423,7 +424,7 @@ def test_what_a_device_is_at_is_told_in_one_line_each_time_that_changes(tmp_path
             assert lines[0].startswith("round 1: ")
             assert "round 1: training" in lines
             assert lines[-1] == seat.service.status_line == "waiting for a round"
-            assert all(one != other for one, other in zip(lines, lines[1:], strict=False))
+            assert all(one != other for one, other in itertools.pairwise(lines))
             seat.transport.cut(hold=True)
             assert lines[-1] == "not connected to the broker; waiting for a round"
 
