@@ -35,6 +35,12 @@ class Request(msgspec.Struct, forbid_unknown_fields=True):
     wanted_s: float
 
 
+class Loaded(msgspec.Struct, tag=True):
+    """The graph was vetted and onnxruntime has it; it took so long."""
+
+    seconds: float
+
+
 class Passed(msgspec.Struct, tag=True):
     """A step on so many examples went well; it took so long, and so much memory at its highest."""
 
@@ -54,7 +60,7 @@ class Done(msgspec.Struct, tag=True):
     """Nothing more is to come."""
 
 
-Line = Passed | Failed | Done
+Line = Loaded | Passed | Failed | Done
 MAX_DETAIL = 600
 
 
@@ -79,6 +85,7 @@ def _peak(status: int) -> int:
 def _try(header: PlanHeader, graph: bytes, request: Request, status: int) -> None:
     start, idle = time.monotonic(), _peak(status)
     step = TrainStep(header, graph, threads=request.threads)
+    _say(Loaded(time.monotonic() - start))
     parameters = np.zeros(header.n_params, np.float32)
     for number, size in enumerate([*request.needed, *request.wanted]):
         began = time.monotonic()

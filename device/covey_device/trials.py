@@ -27,7 +27,7 @@ import msgspec
 
 from covey_device.budget import ResidentBytes, resident_bytes
 from covey_device.confine import minimal_environment
-from covey_device.trial import Done, Failed, Line, Passed, Request, encode_request
+from covey_device.trial import Done, Failed, Line, Loaded, Passed, Request, encode_request
 from covey_shared.errors import TrainingError
 from covey_shared.plan import PlanHeader, encode_header, plan_hash
 from covey_shared.runtime import VERSION
@@ -108,16 +108,7 @@ class Trials:
         """
         generation = self._generation
         allowed = self._allowed()
-        free = allowed.max_resident_bytes - trial.resident_before
-        for size in sorted(needed)[-1:]:
-            least = step_bytes(trial.header, vet(trial.header, trial.graph, "train"), size)
-            if least > free:
-                raise TrainingError(
-                    f"plan {trial.header.name!r} needs at least {least / 1e6:,.1f} MB for a step on a "
-                    f"batch of {size}, and limits.max_memory_mb leaves {max(free, 0) / 1e6:.1f} MB beside "
-                    "what the process holds already: the device declines; a smaller batch_size may do",
-                    public=TOO_LARGE,
-                )
+        free = _room(trial, allowed, needed)
 
         def ended() -> bool:
             return stop() or self._generation != generation
@@ -140,8 +131,8 @@ class Trials:
                 wanted=[size for size in wanted if size not in (*known.sizes, *missing)],
                 wanted_s=min(WANTED_S, allowed.seconds / 4),
             )
-            passed = _run(request, trial, ended)
-            known.sizes = sorted({*known.sizes, *(line.size for line in passed)})
+            went = _run(request, trial, ended)
+            known.sizes = sorted({*known.sizes, *(step.size for step in went.steps)})
             self._save([*(e for e in remembered if not _same(e, entry)), known])
 
     # -- memory -----------------------------------------------------------------------------------
@@ -190,6 +181,21 @@ class Trials:
             log.warning("cannot remember the trial of a plan in %s: %s", self._path, error.strerror)
 
 
+def _room(trial: "PlanTrial", allowed: Allowed, sizes: Sequence[int]) -> int:
+    """Bytes that a trial may grow by. Raises TrainingError if the largest batch is sure to need more."""
+    free = allowed.max_resident_bytes - trial.resident_before
+    for size in sorted(sizes)[-1:]:
+        least = step_bytes(trial.header, vet(trial.header, trial.graph, "train"), size)
+        if least > free:
+            raise TrainingError(
+                f"plan {trial.header.name!r} needs at least {least / 1e6:,.1f} MB for a step on a "
+                f"batch of {size}, and limits.max_memory_mb leaves {max(free, 0) / 1e6:.1f} MB beside "
+                "what the process holds already: the device declines; a smaller batch_size may do",
+                public=TOO_LARGE,
+            )
+    return free
+
+
 def _same(one: _Remembered, other: _Remembered) -> bool:
     return (one.plan, one.onnxruntime, one.max_resident_bytes, one.threads) == (
         other.plan, other.onnxruntime, other.max_resident_bytes, other.threads,
@@ -222,11 +228,49 @@ class PlanTrial:
         self._trials.require(self, needed, list(wanted), stop)
 
 
+def measure(
+    header: PlanHeader,
+    graph: bytes,
+    batch_size: int,
+    repeats: int,
+    allowed: Allowed,
+    *,
+    resident_before: int,
+) -> "Went":
+    """Time and memory of steps on batches of one size, in a trial that nothing remembers.
+
+    The first step is the slowest, and always there; of the others as many as a few seconds allow.
+    resident_before: what the service would hold already. Raises what a trial raises.
+    """
+    nowhere = Trials(Path(os.devnull), lambda: allowed, resident=lambda: resident_before)
+    trial = nowhere.of(header, graph)
+    request = Request(
+        header_bytes=len(trial.header_bytes),
+        resident_bytes=_room(trial, allowed, [batch_size]),
+        seconds=allowed.seconds,
+        threads=allowed.threads,
+        needed=[batch_size],
+        wanted=[batch_size] * repeats,
+        wanted_s=min(WANTED_S, allowed.seconds / 4),
+    )
+    return _run(request, trial, lambda: False)
+
+
 # -- the child -------------------------------------------------------------------------------------
 
 
-def _run(request: Request, trial: PlanTrial, stop: Callable[[], bool]) -> list[Passed]:
-    """Run a trial -> what went well, the needed sizes among it."""
+@dataclass(frozen=True, slots=True)
+class Went:
+    """How a trial went, if it went well. seconds: all of it, with the start of its process. loaded_s: until
+    the graph was loaded. steps: the needed sizes among them, in the order they were asked for."""
+
+    seconds: float
+    loaded_s: float
+    steps: list[Passed]
+
+
+def _run(request: Request, trial: PlanTrial, stop: Callable[[], bool]) -> Went:
+    """Run a trial. Raises TrainingError unless the needed sizes went well."""
     started = time.monotonic()
     with _file_of(encode_request(request, trial.header_bytes, trial.graph)) as source:
         # No preexec_fn: between fork and exec there may be no Python, since there are threads.
@@ -255,7 +299,8 @@ def _run(request: Request, trial: PlanTrial, stop: Callable[[], bool]) -> list[P
             "%s: tried in %.1f s: at most %.0f MB, %.3f s a step",
             name, seconds, max(p.grown_bytes for p in passed) / 1e6, max(p.seconds for p in passed),
         )  # fmt: skip
-        return passed
+        loaded_s = next((line.seconds for line in lines if isinstance(line, Loaded)), 0.0)
+        return Went(seconds, loaded_s, passed)
     if ended_by == "stop":
         raise CancelledError(f"{name}: the round was over before its trial was")
     where = f"{name}, tried on a batch of {missing[0]}"

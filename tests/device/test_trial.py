@@ -455,7 +455,7 @@ def test_what_is_said_to_be_needed_is_near_what_is(tmp_path):
         for size in (32, 2048):
             tried = trials_in(tmp_path).of(header, graph)
             request = Request(len(tried.header_bytes), 10**9, 60.0, 1, [size], [], 0.0)
-            (passed,) = trials._run(request, tried, lambda: False)
+            (passed,) = trials._run(request, tried, lambda: False).steps
             measured = passed.grown_bytes
             estimate = step_bytes(header, vet(header, graph, "train"), size)
             print(
@@ -476,3 +476,17 @@ def test_an_interrupted_step_can_be_run_again():
     step.load(np.zeros(3, np.float32))
     step.step(features, labels)
     assert step.parameters().any()
+
+
+def test_a_measurement_says_how_long_and_how_much_and_remembers_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    header, graph = shipped("mlp")
+    allowed = Allowed(10**9, 60.0, 1)
+    went = trials.measure(header, graph, 32, 5, allowed, resident_before=0)
+    assert [step.size for step in went.steps] == [32] * len(went.steps)
+    assert 1 <= len(went.steps) <= 6
+    assert 0 < went.loaded_s < went.seconds
+    assert all(step.seconds > 0 and step.grown_bytes > 0 for step in went.steps)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(TrainingError, match=r"leaves 0\.0 MB"):
+        trials.measure(header, graph, 32, 5, allowed, resident_before=10**9)
