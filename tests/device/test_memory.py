@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +197,7 @@ def test_a_device_process_peaks_at_120_mb_over_whole_rounds(cnn_plan, tmp_path):
             children.append(subprocess.Popen([*watched, "run", "--config", config]))
         options = ["--rounds", "3", "--goal", "3", "--batch-size", "32"]
         run([*covey, "run", cnn_plan, *options, "--name", "memory", "--fleet-dir", fleet])
+        idle = [resting(child.pid) for child in children[1:]]
     finally:
         for child in reversed(children):
             child.terminate()
@@ -207,3 +209,15 @@ def test_a_device_process_peaks_at_120_mb_over_whole_rounds(cnn_plan, tmp_path):
         found = json.loads((tmp_path / f"{number}.json").read_text())
         assert found["heavy"] == []
         assert found["peak"] <= 120 * MB
+    assert max(idle) <= 60 * MB
+
+
+def resting(pid):
+    """Resident memory of a process once it is below 60 MB, or after the time that it has to rest."""
+    ends = time.monotonic() + 20
+    while True:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        resident = 1024 * int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
+        if resident <= 60 * MB or time.monotonic() > ends:
+            return resident
+        time.sleep(0.1)
