@@ -733,13 +733,14 @@ def scripts() -> ScriptDirectory:
 
 
 def shape_of(path: Path) -> dict[str, Any]:
-    """Tables, their columns and indices, as SQLite has them."""
+    """Tables, their columns and indices, as SQLite has them. In which order indices were made, their
+    first column, is no part of it."""
     with contextlib.closing(sqlite3.connect(path)) as raw:
         tables = [t for (t,) in raw.execute("SELECT name FROM sqlite_master WHERE type='table'")]
         return {
             table: [
-                sorted(map(str, raw.execute(f"PRAGMA {what}({table})").fetchall()))
-                for what in ("table_info", "foreign_key_list", "index_list")
+                sorted(str(row[at:]) for row in raw.execute(f"PRAGMA {what}({table})").fetchall())
+                for what, at in (("table_info", 0), ("foreign_key_list", 0), ("index_list", 1))
             ]
             for table in tables
         }
@@ -798,6 +799,11 @@ def test_an_older_schema_is_brought_to_the_newest(path: Path, revision: str):
         assert store.rounds("one") == [line(7, 1)]
         assert store.opened() is not None
         assert store.next_round() == 42
+        assert store.history("one")[0].turnout is None  # nothing was written down of it
+        assert [(r.round, r.turnout, r.fate) for r in store.device_rounds("a", 9)] == [
+            (7, None, None)
+        ]
+        assert store.sightings() == {}
         finish(store, 41, 2)
     made_at(path.with_name("fresh.db"), "head")
     assert shape_of(path) == shape_of(path.with_name("fresh.db"))

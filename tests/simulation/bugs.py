@@ -227,9 +227,9 @@ def _ends_in_two_steps() -> Any:
     """A round's end is not one transaction."""
     real = Store.finish_round
 
-    def finish_round(self: Store, name: str, state: Any) -> None:
+    def finish_round(self: Store, name: str, state: Any, attendance: Any = None) -> None:
         self.save_run(name, state)
-        real(self, name, state)
+        real(self, name, state, attendance)
 
     return mock.patch.object(Store, "finish_round", finish_round)
 

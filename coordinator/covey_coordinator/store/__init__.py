@@ -3,6 +3,8 @@
 from covey_coordinator.store.database import FILE, OpenRound, Store
 from covey_coordinator.store.directory import RunDirectory
 from covey_coordinator.store.state import (
+    Attendance,
+    DeviceRound,
     HexDigest,
     HexRunId,
     Progress,
@@ -10,11 +12,14 @@ from covey_coordinator.store.state import (
     RunRecord,
     RunState,
     RunStatus,
+    Sighting,
     Wish,
 )
 
 __all__ = [
     "FILE",
+    "Attendance",
+    "DeviceRound",
     "HexDigest",
     "HexRunId",
     "OpenRound",
@@ -24,6 +29,7 @@ __all__ = [
     "RunRecord",
     "RunState",
     "RunStatus",
+    "Sighting",
     "Store",
     "Wish",
 ]

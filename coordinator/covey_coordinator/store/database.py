@@ -13,13 +13,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.exc import IntegrityError
 
 from covey_coordinator.files import sync_directory
 from covey_coordinator.store import opening, schema, takeover
-from covey_coordinator.store.state import UNREADABLE, RoundRecord, RunRecord, RunState, Wish
+from covey_coordinator.store.state import (
+    UNREADABLE,
+    Attendance,
+    DeviceRound,
+    RoundRecord,
+    RunRecord,
+    RunState,
+    Sighting,
+    Wish,
+)
+from covey_coordinator.turnout import Fate, Turnout
 from covey_shared.errors import ConfigError, LocalProtocolError, StorageError
 
 T = TypeVar("T")
@@ -29,6 +39,12 @@ FILE = "covey.db"
 
 MAX_REMEMBERED_MODELS = 1000
 """As many as devices remember to have contributed to."""
+
+FEWEST_KEPT, MOST_KEPT = 20, 200
+"""Of each device, what became of it in that many rounds is kept, however many models are."""
+
+MOST_LOOKED_AT = 2000
+"""Rounds, for what a device did in its last ones."""
 
 _CHECKPOINT_MS = 200
 _MEMORY = Path("the database in memory")
@@ -417,9 +433,12 @@ class Store:
             found = {row.device: row.bitmap for row in rows}
             return self._checked(found, dict[str, bytes], "the chunks of uploads")
 
-    def finish_round(self, name: str, state: RunState) -> None:
-        """A round's end, in one transaction: the run is saved, `state.last` joins its rounds, and the
-        open round is gone, its secret overwritten. What is on record already is not added again.
+    def finish_round(
+        self, name: str, state: RunState, attendance: Attendance | None = None
+    ) -> None:
+        """A round's end, in one transaction: the run is saved, `state.last` joins its rounds with what
+        became of its devices, and the open round is gone, its secret overwritten. What is on record
+        already is not added again.
 
         Raises LocalProtocolError if the open round is another run's, or `state.last` is missing.
         """
@@ -430,7 +449,9 @@ class Store:
             if present is not None and present.run != name:
                 raise LocalProtocolError(f"the open round is one of run {present.run!r}")
             _save(connection, name, state)
-            _append(connection, name, state.last)
+            attendance = attendance or Attendance()
+            if _append(connection, name, state.last, attendance.turnout):
+                _attend(connection, state.last, attendance)
             _empty(connection)
         self._clear_log()
 
@@ -496,9 +517,86 @@ class Store:
         values = {name: row._mapping[name] for name in RoundRecord.__struct_fields__}
         try:
             values["line"] = msgspec.json.decode(row.line, type=dict[str, Any])
+            values["turnout"] = _turnout(row.turnout)
             return msgspec.convert(values, RoundRecord)
         except UNREADABLE as error:
             raise opening.damaged(self._name, f"a round's line: {error}") from error
+
+    # -- devices ----------------------------------------------------------------------------------
+
+    def device_rounds(self, device: str, limit: int) -> list[DeviceRound]:
+        """The last rounds that ended, over all runs and newest first, with what became of a device; back
+        to the `limit`-th that something is known of, and over MOST_LOOKED_AT rounds at most."""
+        rounds, fates = schema.rounds, schema.fates
+        with self._reading() as connection:
+            own = connection.execute(
+                select(fates)
+                .where(fates.c.device == device)
+                .order_by(fates.c.round.desc())
+                .limit(limit)
+            ).all()
+            wanted = select(
+                rounds.c.run,
+                rounds.c.index,
+                rounds.c.round,
+                func.json_extract(rounds.c.line, "$.outcome").label("outcome"),
+                func.json_extract(rounds.c.line, "$.reason").label("reason"),
+                rounds.c.rolled_back_unix,
+                rounds.c.turnout,
+            ).where(rounds.c.round.is_not(None))
+            if len(own) == limit:
+                wanted = wanted.where(rounds.c.round >= own[-1].round)
+            rows = connection.execute(
+                wanted.order_by(rounds.c.round.desc()).limit(MOST_LOOKED_AT)
+            ).all()
+        became = {row.round: row for row in own}
+        return [self._device_round(row, became.get(row.round)) for row in rows]
+
+    def _device_round(self, row: Any, own: Row[Any] | None) -> DeviceRound:
+        try:
+            values = {
+                "run": row.run,
+                "index": row.index,
+                "round": row.round,
+                "outcome": row.outcome,
+                "reason": row.reason or "",
+                "rolled_back": row.rolled_back_unix is not None,
+                "turnout": _turnout(row.turnout),
+                "fate": None if own is None else Fate(own.what, own.phase, own.words),
+            }
+            return msgspec.convert(msgspec.to_builtins(values), DeviceRound)
+        except UNREADABLE as error:
+            raise opening.damaged(self._name, f"round {row.round}: {error}") from error
+
+    def sightings(self) -> dict[str, Sighting]:
+        """Device -> whether it was online when it was last heard of."""
+        with self._reading() as connection:
+            rows = connection.execute(select(schema.sightings)).all()
+        found = {
+            row.device: {"online": bool(row.online), "since_unix": row.since_unix} for row in rows
+        }
+        return self._checked(found, dict[str, Sighting], "when devices were seen")
+
+    def saw(self, sightings: Mapping[str, Sighting]) -> None:
+        """Devices came and went. The last of it may be lost with the power."""
+        if not sightings:
+            return
+        statement = upsert(schema.sightings)
+        statement = statement.on_conflict_do_update(
+            index_elements=["device"],
+            set_={
+                "online": statement.excluded.online,
+                "since_unix": statement.excluded.since_unix,
+            },
+        )
+        with self._writing(durable=False) as connection:
+            connection.execute(
+                statement,
+                [
+                    {"device": device, "online": int(seen.online), "since_unix": seen.since_unix}
+                    for device, seen in sightings.items()
+                ],
+            )
 
 
 def _raw(connection: Connection) -> Any:
@@ -525,13 +623,52 @@ def _save(connection: Connection, name: str, state: RunState, **more: Any) -> No
         raise _unknown(name)
 
 
-def _append(connection: Connection, run: str, line: dict[str, Any]) -> None:
+def _append(
+    connection: Connection, run: str, line: dict[str, Any], turnout: Turnout | None
+) -> bool:
+    """Whether it was not there."""
     rounds, text, number = schema.rounds, msgspec.json.encode(line).decode(), line.get("round")
     if number is not None:
         known = select(rounds.c.id).where(rounds.c.run == run, rounds.c.round == number)
         if connection.execute(known).first() is not None:
-            return
-    connection.execute(insert(rounds).values(run=run, index=line["index"], round=number, line=text))
+            return False
+    counted = None if turnout is None else msgspec.json.encode(turnout).decode()
+    values = {"index": line["index"], "round": number, "line": text, "turnout": counted}
+    connection.execute(insert(rounds).values(run=run, **values))
+    return True
+
+
+def _turnout(text: str | None) -> Turnout | None:
+    """Raises UNREADABLE."""
+    return None if text is None else msgspec.json.decode(text, type=Turnout)
+
+
+def _attend(connection: Connection, line: dict[str, Any], attendance: Attendance) -> None:
+    """What became of devices in a round that was not on record, and the end of what is too long ago."""
+    fates, number = schema.fates, line.get("round")
+    if number is None or not attendance.fates:
+        return
+    connection.execute(
+        insert(fates),
+        [
+            {"device": device, "round": number}
+            | {"what": fate.what, "phase": fate.phase, "words": fate.words}
+            for device, fate in attendance.fates.items()
+        ],
+    )
+    older = fates.alias()
+    last = (
+        select(older.c.round)
+        .where(older.c.device == bindparam("name"))
+        .order_by(older.c.round.desc())
+        .offset(min(max(attendance.keep_rounds, FEWEST_KEPT), MOST_KEPT))
+        .limit(1)
+        .scalar_subquery()
+    )
+    connection.execute(
+        delete(fates).where(fates.c.device == bindparam("name"), fates.c.round <= last),
+        [{"name": device} for device in attendance.fates],
+    )
 
 
 def _use_up(connection: Connection, model: bytes, revision: int) -> None:

@@ -50,6 +50,7 @@ from covey_coordinator.files import (
 from covey_coordinator.store.database import Store
 from covey_coordinator.store.state import (
     UNREADABLE,
+    Attendance,
     Progress,
     RoundRecord,
     RunRecord,
@@ -162,9 +163,9 @@ class RunDirectory:
 
         return self.store.amend(self.name, change).state
 
-    def finish_round(self, state: RunState) -> None:
+    def finish_round(self, state: RunState, attendance: Attendance | None = None) -> None:
         """The end of a round whose model is staged. Raises StorageError."""
-        self.store.finish_round(self.name, state)
+        self.store.finish_round(self.name, state, attendance)
 
     # -- models -----------------------------------------------------------------------------------
 

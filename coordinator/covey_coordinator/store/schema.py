@@ -17,7 +17,7 @@ from sqlalchemy import (
     Text,
 )
 
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003")
 """All there ever were, oldest first. Alembic's scripts say the same; it is imported to migrate only."""
 
 HEAD = REVISIONS[-1]
@@ -76,7 +76,30 @@ rounds = Table(
     Column("round", Integer),
     Column("line", Text, nullable=False),
     Column("rolled_back_unix", Float),
+    Column("turnout", Text),
     Index("rounds_of_run", "run", "index"),
+    Index("rounds_with_number", "round"),
+)
+
+# What became of each device in its last rounds: see `turnout.Fate`. round: as in `rounds`.
+fates = Table(
+    "fates",
+    metadata,
+    Column("device", Text, primary_key=True, nullable=False),
+    Column("round", Integer, primary_key=True, nullable=False),
+    Column("what", Text, nullable=False),
+    Column("phase", Text, nullable=False),
+    Column("words", Text, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+# Which devices were online when they were last heard of, and since when.
+sightings = Table(
+    "sightings",
+    metadata,
+    Column("device", Text, primary_key=True, nullable=False),
+    Column("online", Integer, nullable=False),
+    Column("since_unix", Float, nullable=False),
 )
 
 open_round = Table(
