@@ -11,10 +11,10 @@ from pathlib import Path
 
 from covey_coordinator.files import sync_directory
 from covey_coordinator.spool import FileSink
-from covey_shared import chunks
+from covey_shared import chunks, wire
 from covey_shared.chunks import Assembly, Blob, BlobDigest, Chunk
-from covey_shared.errors import LocalProtocolError, MalformedError, StorageError
-from covey_shared.messages import MAX_RANGES, DeviceId
+from covey_shared.errors import LocalProtocolError, MalformedError, RefusedError, StorageError
+from covey_shared.messages import MAX_RANGES, DeviceId, WantBlob
 from covey_shared.mqtt import publish_all
 from covey_shared.topics import Topics
 from covey_shared.transport import Transport
@@ -26,6 +26,10 @@ Ranges = tuple[tuple[int, int], ...]
 # Requests of many devices for the same chunks are gathered for a moment and answered once: the
 # broker multiplies, not we.
 GATHER_S = 0.1
+
+# For how long the blobs of one run stay on offer when another begins: devices fetch its last model at
+# leisure.
+LINGER_S = 600.0
 
 # How long an upload stands still before its missing chunks are asked for.
 PATIENCE_S = 3.0
@@ -42,6 +46,17 @@ MAX_RESETS = 2
 CHECKPOINT_S = 5.0
 
 
+def request_of(data: bytes, device: DeviceId, fleet: str) -> WantBlob:
+    """What a device asks for on its topic. Raises RemoteProtocolError.
+
+    Not verified: anyone on the broker may read blobs; a hash is asked for, nothing else.
+    """
+    want = wire.decode_as(WantBlob, data).message
+    if want.device != device or want.fleet != fleet:
+        raise RefusedError(f"a request in another's name came from {device}'s topic")
+    return want
+
+
 class BlobServer:
     """Publishes the chunks that devices ask for, of the blobs that are on offer."""
 
@@ -49,17 +64,31 @@ class BlobServer:
         self._transport = transport
         self._topics = topics
         self._offered: dict[bytes, Blob] = {}
+        self._former: dict[bytes, Blob] = {}
         self._wanted: dict[bytes, set[int]] = {}
         self._asked = asyncio.Event()
 
     def offer(self, blobs: Iterable[bytes]) -> None:
-        """From now on these are on offer, and no others."""
+        """From now on these are on offer, and no others, but for those that `linger`."""
         self._offered = {blob.digest: blob for blob in map(chunks.blob_of, blobs)}
-        self._wanted.clear()
+        self._wanted = {d: wanted for d, wanted in self._wanted.items() if self._blob(d)}
+
+    def linger(self, seconds: float = LINGER_S) -> None:
+        """What is on offer now stays so for a while, beside what comes next."""
+        self._former = former = self._offered
+
+        def forget() -> None:
+            if self._former is former:
+                self._former = {}
+
+        asyncio.get_running_loop().call_later(seconds, forget)
+
+    def _blob(self, digest: bytes) -> Blob | None:
+        return self._offered.get(digest) or self._former.get(digest)
 
     def want(self, digest: bytes, ranges: Ranges) -> None:
         """Some device lacks these chunks. Unknown blobs and chunks beyond the end are ignored."""
-        blob = self._offered.get(digest)
+        blob = self._blob(digest)
         if blob is None:
             return
         wanted = self._wanted.setdefault(digest, set())
@@ -81,7 +110,7 @@ class BlobServer:
         for digest, indices in wanted.items():
             topic = self._topics.blob(digest)
             for index in sorted(indices):
-                blob = self._offered.get(digest)
+                blob = self._blob(digest)
                 if blob is not None:  # it may have been withdrawn meanwhile
                     yield topic, chunks.frame(blob, index)
 

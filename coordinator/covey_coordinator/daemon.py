@@ -34,8 +34,9 @@ from covey_coordinator.plans.bundle import load_bundle
 from covey_coordinator.plans.signing import read_signatures
 from covey_coordinator.registry import Registry
 from covey_coordinator.round import Publish
-from covey_coordinator.run import HeldOut, RoundOutcome, Run
+from covey_coordinator.run import HeldOut, RoundOutcome, Run, on_offer
 from covey_coordinator.service import CoordinatorService, Observer
+from covey_coordinator.sightings import Sightings
 from covey_coordinator.statements import abandonment
 from covey_coordinator.store import FILE, Progress, RunDirectory, RunRecord, RunState, Store, Wish
 from covey_coordinator.store.takeover import catch_up
@@ -50,6 +51,9 @@ POLL_S = 0.5
 SHOW_S = 0.3
 LOCK_S = 1.0
 RETRY_STORAGE_S = 5.0
+
+SAVE_SIGHTINGS_S = 10.0
+"""How much of who came and went a crash may cost."""
 
 
 ASKED: dict[Wish, str] = {
@@ -97,6 +101,25 @@ def load_run(directory: RunDirectory) -> tuple[RunConfig, Run]:
         else None
     )
     return config, Run(directory, config, bundle, held_out=held_out)
+
+
+def last_model(fleet: FleetDirectory, store: Store) -> list[bytes]:
+    """What devices fetch of the model that the fleet's last completed round led to; nothing if there is
+    none. Raises CoveyError."""
+    ended = [
+        (int((state.last or {}).get("round", 0)), name, state)
+        for name, state in store.runs()
+        if state.model
+    ]
+    if not ended:
+        return []
+    _, name, state = max(ended, key=lambda entry: entry[:2])
+    directory = RunDirectory(fleet.path / "runs" / name, store)
+    path = directory.path / "run.toml"
+    config = load(path, RunConfig, hint="`covey run` makes one")
+    bundle = load_bundle(directory.path / config.plan)
+    parameters = directory.parameters(state, bundle.header.n_params)
+    return [] if parameters is None else on_offer(bundle, parameters)
 
 
 def load_held_out(path: Path, evaluation: EvaluationConfig) -> HeldOut:
@@ -158,9 +181,11 @@ class Daemon:
                     registry=registry,
                     observer=self._observer(),
                 )
+                await self._offer_last(service)
                 await service.start()
                 self._say(f"fleet {config.fleet}: broker {login.description}")
-                reporter = asyncio.create_task(self._report(service, login.description))
+                sightings = Sightings(await asyncio.to_thread(store.sightings))
+                reporter = asyncio.create_task(self._report(service, login.description, sightings))
                 try:
                     async with enrolment_of(fleet, config, service, self._say):
                         self._say("waiting for devices and runs; Ctrl-C stops")
@@ -170,6 +195,7 @@ class Daemon:
                     await service.close()
                     with contextlib.suppress(OSError):
                         (fleet.path / status.FILE).unlink()
+                    await self._save(store, sightings)
 
     async def _play_all(self, service: CoordinatorService, stop: asyncio.Event) -> None:
         while not stop.is_set():
@@ -186,6 +212,13 @@ class Daemon:
                         await stop.wait()
                 continue
             await self._play(service, directory, stop)
+
+    async def _offer_last(self, service: CoordinatorService) -> None:
+        """Devices may have yet to fetch the model that the last round led to, whose run may be over."""
+        try:
+            service.offer(await asyncio.to_thread(last_model, self._fleet, service.store))
+        except CoveyError as error:
+            log.warning("the model of the last round is not on offer to devices: %s", error)
 
     async def _drop_round(self, service: CoordinatorService) -> None:
         """Tell devices that a round is over whose run was stopped while no process played it. Raises
@@ -316,9 +349,15 @@ class Daemon:
 
         return observe
 
-    async def _report(self, service: CoordinatorService, broker: str) -> None:
+    async def _report(self, service: CoordinatorService, broker: str, sightings: Sightings) -> None:
+        saved = time.monotonic()
         while True:
             registry = service.registry
+            known = registry.identities.keys()
+            sightings.look(registry.present & known, registry.gone & known, time.time())
+            if time.monotonic() - saved >= SAVE_SIGHTINGS_S:
+                saved = time.monotonic()
+                await self._save(service.store, sightings)
             with contextlib.suppress(CoveyError):
                 status.write_status(
                     self._fleet.path,
@@ -328,3 +367,15 @@ class Daemon:
                     {str(name): n for name, n in registry.faults.items()},
                 )
             await asyncio.sleep(1)
+
+    @staticmethod
+    async def _save(store: Store, sightings: Sightings) -> None:
+        """Best effort: it is for people to read."""
+        unsaved = sightings.take()
+        if not unsaved:
+            return
+        try:
+            await asyncio.to_thread(store.saw, unsaved)
+        except StorageError as error:
+            log.warning("%s", error)
+            sightings.put_back(unsaved)

@@ -13,7 +13,7 @@ that a phase ends (`_end_...`, which looks at clocks and at who is there) and en
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TypeVar, cast
 
 from covey_coordinator.journal import Added, Entered, Entry, JournalError
@@ -31,6 +31,7 @@ from covey_coordinator.phases import (
     RoundSpec,
 )
 from covey_coordinator.statements import abandonment, deliveries, head_of
+from covey_coordinator.turnout import Course
 from covey_shared import keys, wire
 from covey_shared.errors import CoveyError, LocalProtocolError, RefusedError, RemoteProtocolError
 from covey_shared.fixedpoint import pack
@@ -85,8 +86,9 @@ class Round:
 
     trust: the fleet's public keys. key: the coordinator's signing key. admit: (device, identity) ->
     why it may not take part, or None. present: devices online as far as is known. record: given what
-    counts, once and in order, before any action that follows from it (see `journal`). reveal_secret: of
-    a round that is taken up again; None: a new one.
+    counts, once and in order, before any action that follows from it (see `journal`). left_out: told whose
+    check-in was refused, and why, or (None) came too late. reveal_secret: of a round that is taken up
+    again; None: a new one.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Round:
         present: frozenset[DeviceId],
         admit: Callable[[DeviceId, bytes], str | None] = lambda device, identity: None,
         record: Callable[[Entry], None] = lambda entry: None,
+        left_out: Callable[[DeviceId, str | None], None] = lambda device, why: None,
         reveal_secret: bytes | None = None,
     ) -> None:
         self.spec = spec
@@ -117,6 +120,10 @@ class Round:
         self._check_ins: dict[DeviceId, Signed[CheckIn]] = {}
         self._key_owners: dict[bytes, DeviceId] = {}
         self._declined: dict[DeviceId, str] = {}
+        self._left_out = left_out
+        self._called: frozenset[DeviceId] = frozenset()
+        self._last = Phase.GATHER
+        self._outside = False
         self.cohort: Cohort | None = None
         self._shares: dict[int, Signed[Shares]] = {}
         self.roster: frozenset[int] = frozenset()
@@ -213,6 +220,7 @@ class Round:
         if phase is Phase.GATHER:
             return self.open(now)
         if phase is Phase.ABANDONED:
+            self._outside = True  # as far as is known: nobody is said to have been silent
             return self._abandon(self._reason)
         if TRANSITIONS[self.phase].get(Event.ENOUGH) is not phase:
             raise JournalError(f"from phase {self.phase.value} to {phase.value}")
@@ -252,7 +260,11 @@ class Round:
         message = signed.message
         match message:
             case CheckIn():
-                return self._check_in(Signed(message, signed.envelope), sender, now_unix)
+                try:
+                    return self._check_in(Signed(message, signed.envelope), sender, now_unix)
+                except RemoteProtocolError as error:
+                    self._left_out(sender, for_display(str(error)))
+                    raise
             case Decline():
                 return self._decline(Signed(message, signed.envelope), sender)
             case Shares() | RosterVote() | MaskedUpdate() | ViewVote() | Reveal():
@@ -309,7 +321,10 @@ class Round:
 
     def abandon(self, reason: str) -> list[Action]:
         """Give the round up, for a reason outside of it."""
-        return [] if self.over else self._abandon(reason)
+        if self.over:
+            return []
+        self._outside = True
+        return self._abandon(reason)
 
     def publish_result(self, next_model: bytes, ring_sum: Ring) -> list[Action]:
         """Tell everyone how the round ended. next_model: the hash of the model it led to."""
@@ -374,7 +389,9 @@ class Round:
             raise RefusedError(f"{sender} may not take part: {reason}", sender=sender)
         if before is not None:
             return self._fault(sender, "two different check-ins for one round: equivocation")
-        if self.phase is Phase.GATHER:
+        if self.phase is not Phase.GATHER:
+            self._left_out(sender, None)
+        else:
             # One copied key would make every device refuse the manifest. Whoever comes second is
             # kept out; which of the two copied is not known.
             values = rules.keys_of(check_in, identity)
@@ -502,6 +519,7 @@ class Round:
         return actions
 
     def _enter(self, phase_event: Event, now: float, detail: str, *out: Publish) -> list[Action]:
+        self._leave_phase()
         self.phase = TRANSITIONS[self.phase][phase_event]
         self._entered = self._last_sent = now
         self._standing = list(out)
@@ -510,6 +528,7 @@ class Round:
 
     def _abandon(self, reason: str, blamed: tuple[DeviceId, ...] = ()) -> list[Action]:
         after_uploads = self.phase in (Phase.COLLECT, Phase.VIEW, Phase.UNMASK)
+        self._leave_phase()
         self.phase = TRANSITIONS[self.phase][Event.TOO_FEW]
         self._standing = []
         said = Publish(self._said(abandonment(self.spec.call, reason)))
@@ -519,6 +538,47 @@ class Round:
             said,
             Abandoned(reason, after_uploads, blamed),
         ]
+
+    def _leave_phase(self) -> None:
+        if self.phase is Phase.GATHER and self.spec.call.chance >= 1.0:
+            self._called = frozenset(self._present)
+        self._last = self.phase
+
+    def course(
+        self, ended: Completed | Abandoned, left_out: Mapping[DeviceId, str | None]
+    ) -> Course:
+        """What is known of the devices of a round that is over. left_out: what was told of some."""
+        given_up = ended if isinstance(ended, Abandoned) else None
+        left_out = {device: left_out[device] for device in left_out.keys() - self._check_ins.keys()}
+        cohort, aggregator = self.cohort, self._aggregator
+        answered: dict[Phase, Collection[int]] = {
+            Phase.SHARE: self.roster or self._shares.keys(),
+            Phase.ROSTER: self._roster_votes.keys(),
+            Phase.COLLECT: self.view or (aggregator.added if aggregator else ()),
+            Phase.VIEW: self._view_votes.keys(),
+            Phase.UNMASK: self._reveals.keys(),
+        }
+
+        def named(indices: Collection[int]) -> frozenset[DeviceId]:
+            return frozenset(cohort.names(set(indices))) if cohort is not None else frozenset()
+
+        return Course(
+            last=self._last,
+            completed=given_up is None,
+            present=frozenset(self._present),
+            called=self._called,
+            checked_in=frozenset(self._check_ins),
+            late=frozenset(device for device, why in left_out.items() if why is None),
+            declined=self.declined,
+            refused={device: why for device, why in left_out.items() if why is not None},
+            cohort=tuple(peer.device for peer in cohort.peers) if cohort is not None else (),
+            answered={phase: named(indices) for phase, indices in answered.items()},
+            begun=named(self._updates.keys()),
+            blamed=frozenset(given_up.blamed) if given_up is not None else frozenset(),
+            outside=self._outside,
+            spared=self.spec.over_selection > 0 and len(self.view) >= self.spec.goal,
+            reason=given_up.reason if given_up is not None else "",
+        )
 
     def _awaited_names(self) -> set[DeviceId]:
         """Whom the current phase would like to hear from."""

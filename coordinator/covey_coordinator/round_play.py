@@ -12,7 +12,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from covey_coordinator import journal
-from covey_coordinator.blobs import UploadDesk
+from covey_coordinator.blobs import UploadDesk, request_of
 from covey_coordinator.inbox import Heard, Inbox, Presence, Uploaded
 from covey_coordinator.journal import Added, Entered, Entry, JournalError
 from covey_coordinator.phases import (
@@ -33,10 +33,10 @@ from covey_coordinator.spool import FileSink
 from covey_coordinator.statements import abandonment
 from covey_coordinator.store import OpenRound, Progress, Store
 from covey_coordinator.transcript import RoundScribe
+from covey_coordinator.turnout import Fate, Turnout, counted, fates
 from covey_shared import wire
 from covey_shared.errors import (
     MalformedError,
-    RefusedError,
     RemoteProtocolError,
     StorageError,
     TransportError,
@@ -57,6 +57,9 @@ log = logging.getLogger("covey.coordinator")
 T = TypeVar("T")
 
 TICK_S = 0.2
+
+MAX_LEFT_OUT = 10_000
+"""Devices whose check-in did not count, that are remembered to tell of: anybody may make up names."""
 
 
 class Hands(Protocol):
@@ -118,6 +121,7 @@ class RoundPlay:
         self._transcript = transcript
         self._taken = taken
         self._index = opened.index
+        self._opened_unix = opened.opened_unix
         self._pending: list[Entry] = []
         self._present = hands.registry.present
         self.machine = Round(
@@ -128,12 +132,15 @@ class RoundPlay:
             present=self._present,
             admit=lambda device, identity: hands.registry.admit(device, identity, spec.call.round),
             record=self._pending.append,
+            left_out=self._leave_out,
             reveal_secret=opened.reveal_secret,
         )
         self._inbox = Inbox()
         self._given_up: str | None = None
         self._result: list[Action] = []
         self._outcome: Completed | Abandoned | None = None
+        self._lost = False
+        self._left_out: dict[DeviceId, str | None] = {}
         self._phase: Phase | None = None
         self._phase_since = hands.clock()
         self._phase_seconds: dict[str, float] = {}
@@ -178,6 +185,7 @@ class RoundPlay:
                 reason = f"{reason} ({self._desk.problem})"
             for device in outcome.blamed:
                 hands.registry.blame(device, spec.call.round, outcome.reason)
+        turnout, became = self._turnout(outcome)
         now_in, now_out = hands.traffic()
         return RoundOutcome(
             round_id=spec.call.round,
@@ -190,7 +198,27 @@ class RoundPlay:
             phase_seconds=dict(self._phase_seconds),
             bytes_in=now_in - bytes_in,
             bytes_out=now_out - bytes_out,
+            turnout=turnout,
+            fates=became,
         )
+
+    def _leave_out(self, device: DeviceId, why: str | None) -> None:
+        if device in self._left_out or len(self._left_out) < MAX_LEFT_OUT:
+            self._left_out[device] = why
+
+    def _turnout(
+        self, outcome: Completed | Abandoned
+    ) -> tuple[Turnout | None, dict[DeviceId, Fate]]:
+        """What became of the round's devices. Of names that nobody vouches for there is no word."""
+        if self._lost:
+            return None, {}
+        machine, hands = self.machine, self._hands
+        course = machine.course(outcome, self._left_out)
+        known = hands.registry.identities.keys() | course.checked_in | course.late
+        chance = machine.spec.call.chance
+        return counted(course, self._opened_unix, hands.unix(), chance), {
+            device: fate for device, fate in fates(course).items() if device in known
+        }
 
     async def _begin(self) -> None:
         taken, hands = self._taken, self._hands
@@ -242,7 +270,7 @@ class RoundPlay:
         notice = abandonment(self.machine.spec.call, reason)
         await self._hands.publish(Publish(wire.sign(notice, self._hands.key)))
         self._hands.show(Moved(Phase.ABANDONED, reason))
-        self._outcome = Abandoned(reason, after_uploads=True)
+        self._outcome, self._lost = Abandoned(reason, after_uploads=True), True
 
     async def _turn(self) -> None:
         """Wait for one message, or for a tick, and let the machine go on."""
@@ -296,10 +324,7 @@ class RoundPlay:
     async def _message(self, device: DeviceId, data: bytes) -> None:
         hands = self._hands
         if data[1:2] == bytes((WantBlob.CODE,)):
-            want = wire.decode_as(WantBlob, data).message
-            if want.device != device or want.fleet != hands.trust.fleet:
-                raise RefusedError(f"a request in another's name came from {device}'s topic")
-            # Not verified: anyone on the broker may read blobs; a hash is asked for, nothing else.
+            want = request_of(data, device, hands.trust.fleet)
             hands.want(want.blob, want.ranges)
             return
         await self._step(

@@ -20,10 +20,11 @@ from covey_coordinator.config import RunConfig
 from covey_coordinator.pace import Capacity, Pacer
 from covey_coordinator.plans.bundle import PlanBundle
 from covey_coordinator.round import Completed, RoundSpec
-from covey_coordinator.store import RunDirectory, RunState
+from covey_coordinator.store import Attendance, RunDirectory, RunState
+from covey_coordinator.turnout import Fate, Turnout
 from covey_shared.errors import ConfigError, CoveyError, DataError
 from covey_shared.layout import Flat
-from covey_shared.messages import MAX_HYPERPARAMETERS, RoundCall, RunId, Work
+from covey_shared.messages import MAX_HYPERPARAMETERS, DeviceId, RoundCall, RunId, Work
 from covey_shared.runtime import Evaluator, TrainStep, check_batch, export_model
 
 
@@ -38,7 +39,8 @@ class HeldOut(NamedTuple):
 class RoundOutcome:
     """What a round came to. completed is None for an abandoned one, and reason says why.
 
-    bytes_in, bytes_out: at the coordinator. metrics: only sums and means over the cohort.
+    bytes_in, bytes_out: at the coordinator. metrics: only sums and means over the cohort. turnout, fates:
+    what became of its devices, as far as is known.
     """
 
     round_id: int
@@ -52,6 +54,8 @@ class RoundOutcome:
     bytes_in: int
     bytes_out: int
     metrics: dict[str, Any] = field(default_factory=dict)
+    turnout: Turnout | None = None
+    fates: dict[DeviceId, Fate] = field(default_factory=dict)
 
 
 class Run:
@@ -126,8 +130,8 @@ class Run:
         return hashlib.sha256(self.model).digest()
 
     def blobs(self) -> list[bytes]:
-        """What a device may ask for in the next round."""
-        return [self.bundle.header_bytes, self.bundle.graphs["train"], self.model]
+        """What a device may ask for: for the next round, and to use the model that there is now."""
+        return on_offer(self.bundle, self.parameters)
 
     def spec(
         self, fleet: str, round_id: int, revision: int = 0, *, present: int = 0, known: int = 0
@@ -172,7 +176,7 @@ class Run:
             resend_s=config.deadlines.resend_s,
             absent_grace_s=config.deadlines.absent_grace_s,
         )
-        fetched = sum(map(len, self.blobs()))
+        fetched = len(self.bundle.header_bytes) + len(self.bundle.graphs["train"]) + len(model)
         pace = self._pacer.steer(present, spec.cohort_limit, fetched, call.gather_s, known=known)
         call = msgspec.structs.replace(
             call, chance=pace.chance, spread_s=pace.spread_s, reconnect_s=pace.reconnect_s
@@ -206,7 +210,8 @@ class Run:
         else:
             state.rounds_abandoned += 1
         state.last = self._metrics_line(outcome)
-        self._to_save.append(lambda: self.directory.finish_round(state))
+        kept = Attendance(outcome.turnout, outcome.fates, self.config.models.keep_rounds)
+        self._to_save.append(lambda: self.directory.finish_round(state, kept))
         self._to_save.append(lambda: self._settle(state))
         return outcome
 
@@ -318,6 +323,13 @@ class Run:
             "bytes_received": outcome.bytes_in,
             "bytes_sent": outcome.bytes_out,
         }
+
+
+def on_offer(bundle: PlanBundle, parameters: Flat) -> list[bytes]:
+    """What devices fetch of a plan and a model: to train, and to keep the model for themselves."""
+    graphs = bundle.graphs
+    model = parameters.astype("<f4").tobytes()
+    return [bundle.header_bytes, graphs["train"], graphs["infer"], model]
 
 
 def completed(line: dict[str, Any]) -> bool:

@@ -10,12 +10,12 @@ import logging
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import Executor
 from functools import partial
 from typing import TypeVar
 
-from covey_coordinator.blobs import PATIENCE_S, BlobServer, Ranges, UploadDesk
+from covey_coordinator.blobs import PATIENCE_S, BlobServer, Ranges, UploadDesk, request_of
 from covey_coordinator.phases import (
     Completed,
     Moved,
@@ -33,7 +33,7 @@ from covey_coordinator.transcript import RoundScribe, Scribe
 from covey_shared import wire
 from covey_shared.errors import ConfigError, RemoteProtocolError, StorageError, TransportError
 from covey_shared.keys import Rng, SigningKey
-from covey_shared.messages import DeviceId, Message, RoundCall
+from covey_shared.messages import DeviceId, Message, RoundCall, WantBlob
 from covey_shared.secagg.cohort import Trust
 from covey_shared.topics import OFFLINE, ONLINE, Topics
 from covey_shared.transport import Incoming, Transport
@@ -165,15 +165,24 @@ class CoordinatorService:
                 self._on_presence(device, incoming.payload == ONLINE)
             return
         play = self._open_play
-        if play is None or not incoming.payload:
+        if not incoming.payload:
             return
         try:
-            if incoming.topic == self._topics.upload(device):
+            if play is None:
+                if incoming.topic == self._topics.outbox(device):
+                    self._between_rounds(device, incoming.payload)
+            elif incoming.topic == self._topics.upload(device):
                 play.chunk(device, incoming.payload)
             elif incoming.topic == self._topics.outbox(device):
                 play.heard(device, incoming.payload)
         except RemoteProtocolError as error:
             log.debug("dropped on %s: %s", incoming.topic, error)
+
+    def _between_rounds(self, device: DeviceId, data: bytes) -> None:
+        """Devices fetch the model that the last round led to at leisure, to use it themselves."""
+        if data[1:2] == bytes((WantBlob.CODE,)):
+            want = request_of(data, device, self.trust.fleet)
+            self.want(want.blob, want.ranges)
 
     def _on_presence(self, device: DeviceId, online: bool) -> None:
         if self.registry.presence(device, online):
@@ -221,6 +230,10 @@ class CoordinatorService:
         except Exception:
             log.exception("an observer failed; the round goes on")
 
+    def offer(self, blobs: Iterable[bytes]) -> None:
+        """What devices may ask for while no run is played."""
+        self._blobs.offer(blobs)
+
     def want(self, blob: bytes, ranges: Ranges) -> None:
         """Publish chunks of a blob that is on offer."""
         self._blobs.want(blob, ranges)
@@ -261,6 +274,7 @@ class CoordinatorService:
         as it is. on_sum: told every decoded ring sum, for simulations that know the plaintext.
         """
         await self.stored(run.begin)
+        self._blobs.linger()
         scribe = self._scribe = Scribe(run.directory, run.config.transcripts, self.trust, self.key)
         left = await self.stored(self.store.opened)
         resumed = left.index if left is not None and left.run == run.directory.name else None
@@ -358,6 +372,8 @@ class CoordinatorService:
             if outcome.completed is not None:
                 on_sum(spec.call.round, outcome.completed)
             outcome = await self._kept(run, play, outcome, transcript, before)
+            # Before devices hear of the next model, which they fetch once they do.
+            self._blobs.offer(await self.in_thread(run.blobs))
             await play.say_result()
             await self.in_thread(desk.close)
             await self.in_thread(scribe.tidy)

@@ -23,12 +23,14 @@ from covey_coordinator.operating import Operator
 from covey_coordinator.plans.bundle import load_bundle
 from covey_coordinator.queueing import queue_run
 from covey_coordinator.status import FILE, read_status
-from covey_coordinator.store import RunDirectory
+from covey_coordinator.store import FILE as STORE
+from covey_coordinator.store import RunDirectory, Store
 from covey_device.assembly import assemble, load_device
 from covey_shared import wire
 from covey_shared.errors import ConfigError, CoveyError, DataError, MalformedError, StorageError
 from covey_shared.messages import RoundAbandoned
 from covey_shared.plan import GraphRef, encode_header
+from covey_shared.topics import OFFLINE, Topics
 from memory_fleet import PLAN, go, hasten
 from memory_transport import MemoryTransport, Network
 
@@ -41,6 +43,7 @@ class Bench:
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.network = Network()
         self.said: list[str] = []
+        self.topics = Topics("farm")
         broker = BrokerConfig(kind="external", url="mqtt://nowhere")
         self.fleet = FleetDirectory.create(path / "fleet", "farm", broker)
         self.path = self.fleet.path
@@ -120,6 +123,43 @@ def test_runs_are_played_in_the_order_they_were_queued(bench: Bench):
         assert runs[3] == "run a: 1 rounds to go"
         assert [run.state().status for run in (first, second)] == ["completed"] * 2
         assert bench.said[0] == "fleet farm: broker external, mqtt://nowhere"
+
+    go(scenario())
+
+
+def test_it_remembers_who_was_there_and_what_became_of_them(bench: Bench):
+    """Also of who went while no coordinator was there to hear of it."""
+
+    async def scenario() -> None:
+        bench.queue("a")
+
+        def present(n: int) -> bool:
+            status = read_status(bench.path)
+            return status is not None and len(status.present) == n
+
+        async with bench.devices():
+            await bench.up(lambda: bench.heard("run a completed") and present(3))
+        with Store.open(bench.path / STORE) as store:
+            before = store.sightings()
+            assert {name: seen.online for name, seen in before.items()} == dict.fromkeys(
+                ("pi-1", "pi-2", "pi-3"), True
+            )
+            for name in before:
+                ((found,),) = [store.device_rounds(name, 5)]
+                assert found.fate is not None
+                assert found.fate.what == "summed"
+        gone = time.time()
+
+        def told() -> bool:
+            status = read_status(bench.path)
+            return status is not None and status.connected
+
+        bench.network.publish("nobody", bench.topics.presence("pi-1"), OFFLINE, retain=True)
+        await bench.up(told)
+        with Store.open(bench.path / STORE) as store:
+            after = store.sightings()
+            assert not after["pi-1"].online
+            assert after["pi-1"].since_unix >= gone - 1
 
     go(scenario())
 

@@ -92,7 +92,8 @@ def test_a_round_is_settled_from_the_configuration(tmp_path: Path):
     assert spec.work.hyper == (0.1,)
     assert spec.metric_clips == (20.0,)
     hashes = [hashlib.sha256(blob).digest() for blob in run.blobs()]
-    assert hashes == [call.plan, bytes.fromhex(BUNDLE.header.train.sha256), call.model]
+    graphs = [bytes.fromhex(ref.sha256) for ref in (BUNDLE.header.train, BUNDLE.header.infer)]
+    assert hashes == [call.plan, *graphs, call.model]
 
 
 def test_hyper_parameters_are_the_plan_s_or_the_run_s(tmp_path: Path):
