@@ -125,8 +125,10 @@ def device_list(fleet_dir: Path) -> None:
 @fleet_option
 def device_show(name: str, fleet_dir: Path) -> None:
     """Everything that the coordinator knows of a device, refusals in its name included."""
+    from covey_coordinator.explaining import SUMMARY_ROUNDS, summary
     from covey_coordinator.fleet import FleetDirectory
     from covey_coordinator.status import read_status
+    from covey_coordinator.store import FILE, Store
     from covey_shared.keys import in_groups
     from covey_shared.messages import for_display
 
@@ -137,6 +139,11 @@ def device_show(name: str, fleet_dir: Path) -> None:
         click.echo(f"online: {'yes' if name in status.present else 'no'}")
         if status.faults.get(name):
             click.echo(f"faults in rounds: {status.faults[name]}")
+    if (fleet_dir / FILE).exists():
+        with Store.open(fleet_dir / FILE) as store:
+            told = summary(store.device_rounds(name, SUMMARY_ROUNDS))
+        if told:
+            click.echo(f"rounds: {told}; covey device explain {name} says more")
     click.echo(f"identity: {in_groups(entry.identity)}")
     if entry.not_after_unix:
         click.echo(
@@ -162,6 +169,36 @@ def device_show(name: str, fleet_dir: Path) -> None:
         click.echo(f"TLS certificate {grant.serial}: to {moment(grant.not_after_unix)}")
     for refusal in record.refusals:
         click.echo(f"refused {moment(refusal.unix)}, {refusal.peer}: {for_display(refusal.reason)}")
+
+
+@device.command("explain", short_help="Why a device does or does not take part.")
+@click.argument("name")
+@click.option(
+    "--rounds",
+    "limit",
+    type=click.IntRange(1, 200),
+    default=10,
+    show_default=True,
+    help="How many of its last rounds to tell of.",
+)
+@click.option("--json", "as_is", is_flag=True, help="Print it as JSON, for programs.")
+@fleet_option
+def device_explain(name: str, limit: int, as_is: bool, fleet_dir: Path) -> None:
+    """Why a device does or does not take part: how it stands, whether it is online, and what became of it
+    in its last rounds, newest first."""
+    from covey_coordinator.explaining import as_record, explain, round_lines
+    from covey_coordinator.runs_view import as_json
+
+    found = explain(fleet_dir, name, limit, time.time())
+    if as_is:
+        click.echo(as_json(as_record(found, limit)))
+        return
+    click.echo(f"device {name}: {found.status}")
+    rounds = round_lines(found.rounds, name, limit)
+    lines = [*found.lines, *rounds, *(("advice", line) for line in found.advice)]
+    width = max(len(what) for what, _ in lines)
+    for what, text in lines:
+        click.echo(f"{what:<{width}}  {text}")
 
 
 @device.command("revoke", short_help="Shut a device out for good.")

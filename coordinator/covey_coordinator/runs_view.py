@@ -8,6 +8,7 @@ from rich.table import Table
 
 from covey_coordinator.config import RunConfig, load
 from covey_coordinator.device_command import moment
+from covey_coordinator.explaining import declines
 from covey_coordinator.status import Status
 from covey_coordinator.store import OpenRound, Progress, RoundRecord, RunRecord
 from covey_shared.errors import ConfigError
@@ -110,7 +111,12 @@ def _figure(line: dict[str, Any]) -> str:
 
 
 def round_json(record: RoundRecord) -> dict[str, Any]:
-    return {"run": record.run} | record.line | {"rolled_back_unix": record.rolled_back_unix}
+    turnout = None if record.turnout is None else msgspec.to_builtins(record.turnout)
+    return (
+        {"run": record.run}
+        | record.line
+        | {"rolled_back_unix": record.rolled_back_unix, "turnout": turnout}
+    )
 
 
 def round_rows(record: RoundRecord) -> list[tuple[str, str]]:
@@ -123,6 +129,14 @@ def round_rows(record: RoundRecord) -> list[tuple[str, str]]:
     ]
     if record.rolled_back_unix is not None:
         rows.append(("rolled back", moment(record.rolled_back_unix)))
+    if (turnout := record.turnout) is not None:
+        rows.append(("ended", moment(turnout.ended_unix)))
+        rows.append(("checked in", str(turnout.checked_in)))
+        if told := declines(turnout):
+            rows.append(("declined", told))
+        for what, count in (("left out", turnout.refused), ("too late", turnout.late)):
+            if count:
+                rows.append((what, str(count)))
     rows.append(("cohort", str(line.get("cohort", "?"))))
     if outcome == "completed":
         dropped = line.get("dropped", [])
