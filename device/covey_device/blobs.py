@@ -70,6 +70,7 @@ class BlobFetcher:
         self._cache = cache
         self._pool = pool
         self._open: dict[bytes, _Download] = {}
+        self._under_way: dict[bytes, asyncio.Future[bytes | None]] = {}
 
     def feed(self, payload: bytes) -> None:
         """One frame from a blob topic. Raises MalformedError for one that is not wanted or wrong."""
@@ -97,13 +98,28 @@ class BlobFetcher:
             download.progress.set()
 
     async def fetch(self, digest: bytes, size: int, *, limit: int) -> bytes:
-        """The blob, its hash checked. limit: most bytes it may have.
+        """The blob, its hash checked. limit: most bytes it may have. Who fetches what another fetches
+        already waits for that one, and begins if it fails.
 
         Raises RefusedError if it is too large or does not come, MalformedError if what came is not
         what the hash names (after MAX_WHOLE_ATTEMPTS).
         """
         if size > limit:
             raise RefusedError(f"a blob of {size} bytes; this device takes at most {limit}")
+        while (under_way := self._under_way.get(digest)) is not None:
+            done = await asyncio.shield(under_way)
+            if done is not None:
+                return done
+        mine = self._under_way[digest] = asyncio.get_running_loop().create_future()
+        data = None
+        try:
+            data = await self._fetch(digest, size)
+            return data
+        finally:
+            del self._under_way[digest]
+            mine.set_result(data)
+
+    async def _fetch(self, digest: bytes, size: int) -> bytes:
         cache = self._cache
         if cache is not None:
             cached = await self._in_thread(lambda: cache.read(digest, size))
@@ -114,7 +130,6 @@ class BlobFetcher:
         assembly = Assembly(BlobDigest(digest), size, sink, received=received)
         download = _Download(assembly, sink, part)
         topic = self._topics.blob(digest)
-        # A later fetch of the same blob may begin while this one is being cancelled; it takes over.
         self._open[digest] = download
         keeping = asyncio.create_task(self._keep(download))
         try:
@@ -132,9 +147,8 @@ class BlobFetcher:
                 asyncio.get_running_loop().run_in_executor(
                     self._pool, lambda: part_left.pause(left, sink.data)
                 )
-            if self._open.get(digest) is download:
-                del self._open[digest]
-                await self._transport.unsubscribe(topic)
+            del self._open[digest]
+            await self._transport.unsubscribe(topic)
 
     async def _begin(
         self, digest: bytes, size: int, sink: MemorySink
