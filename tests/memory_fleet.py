@@ -86,6 +86,9 @@ class FakeTrainer:
         self.on_train: Callable[[Callable[[], bool]], None] = lambda stop: None
         self.change: Callable[[np.ndarray], np.ndarray] = lambda delta: delta
 
+    def refresh(self) -> None:
+        """Its data never grows."""
+
     def train(
         self, parameters: np.ndarray, work: Work, *, clock: Any, rng: Any, stop: Any
     ) -> TrainResult:

@@ -61,6 +61,17 @@ class CacheConfig(Config, frozen=True):
     directory: FileName | None = None
 
 
+class ModelConfig(Config, frozen=True):
+    """[model]: what the fleet has learned, kept for this device's own applications. directory: where; without
+    one, `model` beside the state directory. hook: a command and its arguments, run on a new model for
+    hook_seconds at most."""
+
+    keep: bool = True
+    directory: FileName | None = None
+    hook: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
+    hook_seconds: Seconds = 60.0
+
+
 class DeviceConfig(Config, frozen=True):
     """device.toml. Paths in it are relative to the file."""
 
@@ -75,6 +86,11 @@ class DeviceConfig(Config, frozen=True):
     policy: FileName = DEFAULT_POLICY
     enrol: EnrolConfig | None = None
     cache: CacheConfig = CacheConfig()
+    model: ModelConfig = ModelConfig()
+
+    def model_directory(self, base: Path) -> Path:
+        """Where the model is kept for this device's own applications. base: device.toml's folder."""
+        return base / (self.model.directory or Path(self.state).parent / "model")
 
 
 class LimitsConfig(Config, frozen=True):

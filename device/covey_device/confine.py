@@ -76,9 +76,27 @@ def bounded_data(resident_bytes: int) -> Iterator[None]:
                 )
 
 
-def confine(resident_bytes: int, seconds: float) -> None:
+def bound_data(most_bytes: int) -> int:
+    """The whole process can never have more data than this, until another bound is set. Returns the bound
+    that holds: a hard limit may be lower.
+
+    The soft limit alone is set, so that the next bound may be higher.
+    """
+    global _before
+    with _lock:
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        bound = most_bytes if hard == resource.RLIM_INFINITY else min(most_bytes, hard)
+        if _inside:
+            _before = bound  # a tighter one holds now, and this one after it
+        else:
+            resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))
+    return bound
+
+
+def confine(resident_bytes: int, seconds: float, *, files: int = 0, file_bytes: int = 0) -> None:
     """For a process that is to do one thing and end: no new files or sockets, no privileges, no core, and
-    only so much memory and computing time more. Only root could undo it."""
+    only so much memory and computing time more. Only root could undo it. files, file_bytes: descriptors
+    below this number it may open all the same, and files of this size write."""
     with contextlib.suppress(OSError, AttributeError):
         prctl = ctypes.CDLL(None, use_errno=True).prctl
         prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -87,14 +105,14 @@ def confine(resident_bytes: int, seconds: float) -> None:
         file.write(b"1000")  # should memory run out all the same, this process goes first
     limits = {
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_FSIZE: file_bytes,
         resource.RLIMIT_CPU: int(seconds) + 1,
     }
     with contextlib.suppress(OSError):
         mapped, _, data = _pages()
         limits[resource.RLIMIT_AS] = mapped + allowance(resident_bytes)
         limits[resource.RLIMIT_DATA] = data + allowance(resident_bytes)
-    limits[resource.RLIMIT_NOFILE] = 0  # the last one: from here on nothing can be opened
+    limits[resource.RLIMIT_NOFILE] = files  # the last one: from here on nothing else can be opened
     for kind, limit in limits.items():
         hard = resource.getrlimit(kind)[1]
         lower = limit if hard == resource.RLIM_INFINITY else min(limit, hard)

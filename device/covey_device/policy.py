@@ -57,6 +57,15 @@ class Policy:
                 f"the call would sum {call.n_min} devices; this device takes part among at least "
                 f"{self.min_cohort}"
             )
+        if (objection := self.plan_objection(call)) is not None:
+            return objection
+        if self.rounds_per_day and day.at(now_unix).rounds >= self.rounds_per_day:
+            rounds = "1 round" if self.rounds_per_day == 1 else f"{self.rounds_per_day} rounds"
+            return f"this device's policy allows {rounds} a day; no more is left"
+        return None
+
+    def plan_objection(self, call: RoundCall) -> str | None:
+        """Why nothing of the called plan is run here, be it for a round or for the device itself."""
         if self.plans and call.plan not in self.plans:
             return f"plan {call.plan.hex()[:12]} is not one of those this device's policy allows"
         if self.owners and not self.owners & set(signers_of(call)):
@@ -64,9 +73,6 @@ class Policy:
                 f"plan {call.plan.hex()[:12]} is not signed by a model owner whom this device's "
                 "policy names"
             )
-        if self.rounds_per_day and day.at(now_unix).rounds >= self.rounds_per_day:
-            rounds = "1 round" if self.rounds_per_day == 1 else f"{self.rounds_per_day} rounds"
-            return f"this device's policy allows {rounds} a day; no more is left"
         return None
 
 

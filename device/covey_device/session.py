@@ -139,6 +139,9 @@ class Session:
         self.phase = Phase.IDLE
         self._round: _Round | None = None
         self._kept = unfinished is not None  # an upload lies on the disk
+        self.told: Callable[[Signed[Message]], None] = lambda signed: None
+        """Told of every message that the coordinator signed, of whatever round, before anything comes of
+        it here: in the thread that calls `receive`."""
         self.unfinished: Unfinished | None = None
         """The upload that an earlier process began, as long as its round lasts."""
         if unfinished is not None and unfinished.stands(memory):
@@ -161,6 +164,7 @@ class Session:
         """
         signed = wire.decode(data)
         signed.check(self._trust.coordinator, signer="the coordinator")
+        self.told(signed)
         message = signed.message
         if isinstance(message, RoundCall):
             return self._call(Signed(message, signed.envelope))

@@ -194,18 +194,78 @@ def export_model(header: PlanHeader, infer_graph: bytes, parameters: Flat) -> by
     onnxruntime writes it, unoptimised, so that no onnx package is needed where rounds are run.
     Raises MalformedError for a graph that does not fit the header, StorageError for a full disk.
     """
-    options = _options(1)
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         with tempfile.TemporaryDirectory(prefix="covey-") as directory:
             path = Path(directory) / "model.onnx"
-            options.optimized_model_filepath = str(path)
-            _filled(header, infer_graph, parameters, options)
+            _exported(header, infer_graph, parameters, path)
             return path.read_bytes()
     except OSError as error:
         raise StorageError(
             f"cannot write a model in {tempfile.gettempdir()}: {error.strerror}; free some space"
         ) from error
+
+
+def try_export(
+    header: PlanHeader, infer_graph: bytes, parameters: Flat, path: Path
+) -> tuple[int, ...]:
+    """`export_model` into a file, and one run on an example of zeros -> the shape of its prediction.
+
+    Raises MalformedError as `export_model`, TrainingError if the run fails.
+    """
+    session = _exported(header, infer_graph, parameters, path)
+    zeros = np.zeros((1, *header.features.shape), header.features.dtype)
+    outputs = _run(session, header, ["predictions"], {"features": zeros}, "infer")
+    return tuple(outputs[0].shape[1:])
+
+
+def _exported(header: PlanHeader, infer_graph: bytes, parameters: Flat, path: Path) -> Any:
+    """The session that wrote the file."""
+    options = _options(1)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.optimized_model_filepath = str(path)
+    return _filled(header, infer_graph, parameters, options)
+
+
+class LocalModel:
+    """A model as `export_model` writes it, or any other with one input and one output. For files of
+    this machine's owner: unlike a plan's graphs it is not vetted.
+
+    features: the input; its shape is one example's. Raises MalformedError for anything else.
+    """
+
+    def __init__(self, model: bytes, name: str, *, threads: int = 1) -> None:
+        """name: for messages."""
+        self._name = name
+        try:
+            self._session = ort.InferenceSession(
+                model, _options(threads), providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime raises its own, undocumented classes
+            raise MalformedError(f"{name}: onnxruntime cannot load it: {error}") from error
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        if len(inputs) != 1 or len(outputs) != 1:
+            raise MalformedError(
+                f"{name} has {len(inputs)} inputs and {len(outputs)} outputs; give a model with one "
+                "of each"
+            )
+        dtypes = {spelled: dtype for dtype, spelled in _ORT_TYPES.items()}
+        shape = tuple(inputs[0].shape[1:])
+        if inputs[0].type not in dtypes or not all(isinstance(side, int) for side in shape):
+            raise MalformedError(
+                f"{name}: its input is {inputs[0].type}{inputs[0].shape}; give a model of "
+                f"{', '.join(sorted(dtypes.values()))} with the batch as its one free side"
+            )
+        dtype: Any = dtypes[inputs[0].type]
+        self.features = TensorSpec(name=inputs[0].name, dtype=dtype, shape=shape)
+
+    def predict(self, features: Array) -> Array:
+        """features: [batch, *shape] -> predictions: [batch, ...]. Raises DataError, TrainingError."""
+        features = _check_array("features", self.features, features)
+        try:
+            predictions: Array = self._session.run(None, {self.features.name: features})[0]
+        except Exception as error:  # onnxruntime raises its own, undocumented classes
+            raise _failed(self._name, error) from error
+        return predictions
 
 
 def _filled(header: PlanHeader, infer_graph: bytes, parameters: Flat, options: Any) -> Any:

@@ -1,0 +1,381 @@
+"""The model at home, in whole fleets: it is the coordinator's, it arrives, and nothing else does."""
+
+import asyncio
+import hashlib
+import logging
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from covey_coordinator.run import Run
+from covey_device import home as home_module
+from covey_device import home_export
+from covey_device.cache import BlobCache
+from covey_device.home import Home
+from covey_device.home_files import ModelDirectory, Sidecar, read_sidecar, verify
+from covey_device.policy import Policy
+from covey_shared import chunks, wire
+from covey_shared.messages import RoundCall, WantBlob
+from covey_shared.runtime import LocalModel
+from memory_fleet import TOPICS, Fleet, Seat, config, go, hasten, short
+from memory_transport import Delivery
+
+IMAGES = np.random.default_rng(5).random((7, 1, 8, 8), dtype=np.float32)
+MB = 1_000_000
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    hasten(monkeypatch)
+    monkeypatch.setattr(home_module, "SETTLE_S", 0.05)
+    monkeypatch.setattr(home_module, "RETRY_S", 0.2)
+
+
+class Settled:
+    """A fleet whose devices keep the model. Devices that are (re)booted keep it too."""
+
+    def __init__(self, fleet: Fleet, **options: Any) -> None:
+        self.fleet, self.options = fleet, options
+        self.kept: list[tuple[str, int]] = []
+
+    def move_in(self, *seats: Seat, **options: Any) -> None:
+        """As `assemble` does, for services that run already."""
+        for seat in seats or self.fleet.seats:
+            self._move_in(seat, self.options | options)
+
+    def _move_in(self, seat: Seat, options: dict[str, Any]) -> None:
+        service = seat.service
+        given: dict[str, Any] = {
+            "policy": Policy,
+            "room": lambda: (300 * MB, 30.0),
+            "rng": os.urandom,
+        }
+        home = Home(
+            self.directory(seat), self.fleet.trust, seat.name, seat.identity, **(given | options)
+        )
+        cache = BlobCache(seat.directory / "cache", 10**8, reserve_bytes=0)
+        service._cache = service._blobs._cache = cache
+        service.home = home
+        service._session.told = home.heard
+        home.on_kept = lambda: self.kept.append((seat.name, self.sidecar(seat).round))
+        service._spawn(service._tasks, home.run(service._blobs, lambda: service._session.round_id))
+
+    def directory(self, seat: Seat) -> ModelDirectory:
+        return ModelDirectory(seat.directory / "model", reserve_bytes=0)
+
+    def sidecar(self, seat: Seat) -> Sidecar:
+        folder = self.directory(seat).folder()
+        assert folder is not None
+        return read_sidecar(folder)
+
+    def has(self, seat: Seat, model: bytes) -> bool:
+        sidecar = self.directory(seat).sidecar()
+        return sidecar is not None and sidecar.model == model.hex()
+
+    async def everybody_has(self, model: bytes, *seats: Seat, timeout_s: float = 30.0) -> None:
+        wanted = seats or tuple(self.fleet.seats)
+        await self.fleet.until(lambda: all(self.has(seat, model) for seat in wanted), timeout_s)
+
+    def check(self, seat: Seat, model: Path) -> Sidecar:
+        """It predicts what the coordinator's own file does, and everything vouches for it."""
+        sidecar = verify(
+            self.directory(seat).folder() or Path(), self.fleet.trust, seat.name,
+            seat.identity.public,
+        )  # fmt: skip
+        here, there = seat.directory / "model" / "current.onnx", model
+        assert hashlib.sha256(here.read_bytes()).hexdigest() == sidecar.onnx
+        ours, theirs = (LocalModel(p.read_bytes(), p.name).predict(IMAGES) for p in (here, there))
+        assert np.array_equal(ours, theirs)
+        return sidecar
+
+
+def wants(fleet: Fleet, name: str) -> list[bytes]:
+    """Blobs that a device asked for, in order."""
+    return [
+        wire.decode_as(WantBlob, payload).message.blob
+        for sender, topic, payload in fleet.network.log
+        if sender == name and topic == TOPICS.outbox(name) and payload[1] == WantBlob.CODE
+    ]
+
+
+def stepwise(fleet: Fleet, settled: Settled) -> None:
+    """From now on no round is called before everybody has the model of the one before."""
+    real = fleet.coordinator._enough_present
+
+    async def patient(run: Run, stop: asyncio.Event | None) -> None:
+        if run.index > 1:
+            await settled.everybody_has(run.model_digest)
+            for seat in fleet.seats:
+                settled.check(seat, run.directory.path / "model.onnx")
+        await real(run, stop)
+
+    fleet.coordinator._enough_present = patient  # type: ignore[method-assign]
+
+
+def test_after_each_round_every_device_has_the_coordinators_model(tmp_path: Path):
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            settled = Settled(fleet)
+            settled.move_in()
+            run = fleet.run(config(rounds=3))
+            stepwise(fleet, settled)
+            state = await fleet.play(run)
+            assert state.rounds_completed == 3
+            await settled.everybody_has(run.model_digest)
+            for seat in fleet.seats:
+                sidecar = settled.check(seat, run.directory.path / "model.onnx")
+                assert (sidecar.round, sidecar.run) == (3, state.run_id)
+                assert (sidecar.plan_name, sidecar.classes) == (run.bundle.header.name, 10)
+                assert (sidecar.input.shape, sidecar.output.shape) == ((1, 8, 8), (10,))
+                home = seat.directory / "model"
+                before = read_sidecar((home / "previous").resolve())
+                assert (before.round, sidecar.before) == (2, (home / "previous").resolve().name)
+                assert len(list((home / "kept").iterdir())) == 2
+                assert stat.S_IMODE((home / "current.onnx").stat().st_mode) == 0o640
+                assert stat.S_IMODE(home.stat().st_mode) == 0o750
+                await fleet.until(lambda home=home: not (home / "wanted").exists())  # type: ignore[misc]
+                # One file for the whole fleet.
+                first = fleet.seats[0].directory / "model" / "current.onnx"
+                assert (home / "current.onnx").read_bytes() == first.read_bytes()
+            # Each model was fetched once: the next round had it from the cache.
+            models = [m for _, m in sorted(model_hashes(fleet).items())]
+            for seat in fleet.seats:
+                asked = wants(fleet, seat.name)
+                assert [asked.count(model) for model in models] == [1] * len(models)
+
+    go(scenario())
+
+
+def model_hashes(fleet: Fleet) -> dict[int, bytes]:
+    """Of each round's call."""
+    calls = [
+        wire.decode_as(RoundCall, payload).message
+        for sender, topic, payload in fleet.network.log
+        if topic == TOPICS.round and payload
+    ]
+    return {call.round: call.model for call in calls}
+
+
+def test_who_is_not_chosen_or_trains_nothing_has_the_model_too(tmp_path: Path):
+    """Five devices for three places, one of which takes part in no round at all; and one that comes later."""
+
+    async def scenario() -> None:
+        async with Fleet(tmp_path, 5) as fleet:
+            await fleet.seats[4].service.close()
+            await fleet.boot(fleet.seats[4], policy=Policy(min_cohort=100))
+            settled = Settled(fleet)
+            settled.move_in()
+            run = fleet.run(config(n=3, rounds=1))
+            await fleet.play(run)
+            (outcome,) = fleet.outcomes
+            assert outcome.completed is not None
+            assert len(outcome.completed.survivors) == 3
+            await settled.everybody_has(run.model_digest)
+            assert settled.check(fleet.seats[4], run.directory.path / "model.onnx").result
+            assert fleet.seats[4].trainer.rounds == 0
+            # Who comes later has what the next round begins with, though that round comes to nothing.
+            late = await fleet.add("pi-late")
+            settled.move_in(late)
+            again = fleet.run(config(n=6, rounds=1), "again")
+
+            def stop_it(event: Any) -> None:
+                if getattr(event, "phase", None) == "share":
+                    return
+                fleet.coordinator.give_up_round("enough")
+
+            fleet.on_event = stop_it
+            state = await fleet.play(again)
+            assert state.rounds_completed == 0
+            await settled.everybody_has(again.model_digest, late)
+            assert settled.check(late, _exported(tmp_path, again)).result is None
+            # The others had a model of a later making than that, of another run; this one is newer.
+            await settled.everybody_has(again.model_digest)
+
+    go(scenario())
+
+
+def _exported(directory: Path, run: Run) -> Path:
+    from covey_shared.runtime import export_model
+
+    path = directory / "began.onnx"
+    header, graph = run.bundle.header, run.bundle.graphs["infer"]
+    path.write_bytes(export_model(header, graph, run.parameters))
+    return path
+
+
+def test_a_plan_that_the_owner_does_not_allow_is_not_fetched(tmp_path: Path):
+    async def scenario() -> None:
+        async with Fleet(tmp_path, 4) as fleet:
+            settled, seat = Settled(fleet), fleet.seats[3]
+            settled.move_in(*fleet.seats[:3])
+            other = Policy(plans=frozenset((bytes(32),)))
+            await seat.service.close()
+            await fleet.boot(seat, policy=other)
+            settled.move_in(seat, policy=lambda: other)
+            run = fleet.run(config(n=3, rounds=1))
+            await fleet.play(run)
+            await settled.everybody_has(run.model_digest, *fleet.seats[:3])
+            assert wants(fleet, seat.name) == []
+            assert not (seat.directory / "model").exists()
+
+    go(scenario())
+
+
+# -- lies ------------------------------------------------------------------------------------------
+
+
+def test_a_broker_that_serves_other_bytes_gets_nothing_kept(tmp_path: Path):
+    """Every chunk of the next model has a bit flipped, until the broker gives up lying."""
+
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            settled, lying = Settled(fleet), [True]
+            settled.move_in()
+            run = fleet.run(config(rounds=1))
+            began = run.model_digest
+
+            def tamper(delivery: Delivery) -> Iterable[Delivery]:
+                payload = delivery.incoming.payload
+                if lying[0] and delivery.topic.startswith(TOPICS.blob(b"")):
+                    digest = chunks.decode_frame(payload).digest
+                    known = {began, *map(_sha256, run.blobs()[:3])}
+                    if digest not in known:
+                        at = len(payload) - 7
+                        return (delivery.changed(payload[:at] + bytes((payload[at] ^ 1,)) + payload[at + 1 :]),)  # fmt: skip
+                return (delivery,)
+
+            fleet.network.tamper = tamper
+            await fleet.play(run)
+            asked = [wants(fleet, seat.name).count(run.model_digest) for seat in fleet.seats]
+            await fleet.until(
+                lambda: all(
+                    wants(fleet, seat.name).count(run.model_digest) > 1 for seat in fleet.seats
+                )
+            )
+            assert max(asked) < 50
+            assert not any(settled.directory(seat).folder() for seat in fleet.seats)
+            lying[0] = False
+            await settled.everybody_has(run.model_digest)
+
+    go(scenario())
+
+
+def _sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def test_old_rounds_played_back_and_words_of_others_change_nothing(tmp_path: Path):
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            settled = Settled(fleet)
+            settled.move_in()
+            run = fleet.run(config(rounds=2))
+            stepwise(fleet, settled)
+            await fleet.play(run)
+            await settled.everybody_has(run.model_digest)
+            said = [
+                (topic, payload)
+                for sender, topic, payload in list(fleet.network.log)
+                if sender.startswith("coordinator")
+                and topic in (TOPICS.round, TOPICS.all)
+                and payload
+            ]
+            await fleet.until(lambda: len(settled.kept) == 8)
+            seat, kept = fleet.seats[0], 8
+            was = settled.sidecar(seat)
+            # A process that has seen none of it, and all of it again.
+            await seat.service.close()
+            await fleet.boot(seat)
+            settled.move_in(seat)
+            for topic, payload in said:
+                fleet.network.publish("mallory", topic, payload)
+            # And a result of a round to come, signed by a device.
+            call = wire.decode_as(RoundCall, next(p for t, p in said if t == TOPICS.round))
+            forged = msgspec.structs.replace(call.message, round=99, model=bytes(32))
+            forged_call = wire.sign(forged, fleet.seats[1].identity).envelope
+            fleet.network.publish("mallory", TOPICS.round, forged_call)
+            before = len(wants(fleet, seat.name))
+            await asyncio.sleep(0.5)
+            assert settled.sidecar(seat) == was
+            assert len(settled.kept) == kept
+            assert len(wants(fleet, seat.name)) == before
+
+    go(scenario())
+
+
+# -- what the process and the disk do ----------------------------------------------------------------
+
+
+def test_a_device_that_dies_before_it_has_the_model_fetches_it_when_it_is_back(tmp_path: Path):
+    """And goes on where it was, with a directory whose file was damaged meanwhile."""
+
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            settled = Settled(fleet)
+            settled.move_in()
+            run = fleet.run(config(rounds=1))
+            seat = fleet.seats[2]
+
+            def tamper(delivery: Delivery) -> Iterable[Delivery]:
+                last = run.state.model and delivery.topic == TOPICS.blob(run.model_digest)
+                return () if last and delivery.receiver == seat.name else (delivery,)
+
+            fleet.network.tamper = tamper
+            await fleet.play(run)
+            await fleet.until(lambda: (seat.directory / "model" / "wanted").exists())
+            await seat.service.close(graceful=False)
+            fleet.network.tamper = lambda delivery: (delivery,)
+            assert settled.directory(seat).folder() is None
+            await fleet.boot(seat)
+            settled.move_in(seat)
+            await settled.everybody_has(run.model_digest)  # no round, no call: as it was remembered
+            settled.check(seat, run.directory.path / "model.onnx")
+
+            await seat.service.close(graceful=False)
+            file = seat.directory / "model" / "current.onnx"
+            damaged = bytearray(file.read_bytes())
+            damaged[len(damaged) // 2] ^= 1
+            file.write_bytes(damaged)
+            kept = len(settled.kept)
+            await fleet.boot(seat)
+            settled.move_in(seat)
+            await fleet.until(lambda: len(settled.kept) > kept)
+            settled.check(seat, run.directory.path / "model.onnx")
+
+    go(scenario())
+
+
+def test_a_full_disk_costs_the_new_model_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            settled = Settled(fleet)
+            settled.move_in()
+            run = fleet.run(config(rounds=2))
+            seat, others = fleet.seats[1], [fleet.seats[0], *fleet.seats[2:]]
+            home = seat.service.home
+            assert home is not None
+            await fleet.play(fleet.run(config(rounds=1), "first"))
+            await settled.everybody_has(fleet.run(None, "first").model_digest)
+            was = settled.sidecar(seat)
+            home._directory._reserve = 10**18
+            state = await fleet.play(run)
+            assert state.rounds_completed == 2
+            survivors = [o.completed.survivors for o in fleet.outcomes if o.completed]
+            assert [len(names) for names in survivors] == [4, 4, 4]
+            await settled.everybody_has(run.model_digest, *others)
+            await fleet.until(lambda: "too little space" in caplog.text)
+            assert settled.sidecar(seat) == was
+            home._directory._reserve = 0
+            await settled.everybody_has(run.model_digest)
+
+    with caplog.at_level(logging.WARNING, logger="covey.device"):
+        go(scenario())
