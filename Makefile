@@ -80,7 +80,7 @@ format: setup ## put the code into shape
 	@$(BIN)/ruff format .
 
 .PHONY: plans
-plans: setup ## compile the demo's plans anew from their torch models
+plans: setup ## compile the shipped plans anew from their torch models
 	@$(BIN)/python -m covey_fleet.models
 
 .PHONY: vectors

@@ -1,4 +1,5 @@
-"""The torch modules behind the demo's plans, and the program that compiles them.
+"""The torch modules behind the plans that are shipped, and the program that compiles them: the demo's,
+and the tiny one that `covey-device doctor` trains to see whether it comes out right.
 
 Needs `covey[compile]`; torch is imported inside the functions alone, since the demo itself runs
 the compiled plans beside this file and no torch. ``python -m covey_fleet.models`` compiles them
@@ -7,15 +8,19 @@ again; a test holds them equal to a fresh compile.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 if TYPE_CHECKING:
     from covey_coordinator.plans.bundle import PlanBundle
+    from covey_device.doctor.first_step import Expected
 
 PLANS = Path(__file__).parent / "plans"
+TINY = Path(str(files("covey_device.doctor"))) / "plan"
 SEED = 7
 SAMPLE_SIZE = 32
 
@@ -108,13 +113,90 @@ def compile_demo(name: str) -> "PlanBundle":
     )
 
 
+TINY_LR, TINY_MOMENTUM, TINY_STEPS = 0.5, 0.9, 3
+
+
+def tiny() -> Any:
+    """For `covey-device doctor`: 43 parameters."""
+    from torch import nn
+
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def tiny_batch() -> tuple[Any, Any]:
+    """Eight examples: float32[8, 4], int64[8]."""
+    rng = np.random.default_rng(SEED)
+    return rng.normal(size=(8, 4)).astype(np.float32), rng.integers(0, 3, 8)
+
+
+def compile_tiny() -> "PlanBundle":
+    """Compile the doctor's plan: seeded, so that it always comes out the same."""
+    import torch
+
+    from covey_coordinator.plans.compile import compile_plan
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        module = tiny()
+    features, labels = tiny_batch()
+    return compile_plan(
+        module,
+        features,
+        labels,
+        loss="cross_entropy",
+        momentum=TINY_MOMENTUM,
+        lr=TINY_LR,
+        name="doctor",
+    )
+
+
+def expect_tiny() -> "Expected":
+    """What torch makes of the doctor's plan in a few steps."""
+    import torch
+
+    from covey_device.doctor.first_step import Expected, Numbers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        module = tiny()
+    features, labels = tiny_batch()
+    optimizer = torch.optim.SGD(module.parameters(), lr=TINY_LR, momentum=TINY_MOMENTUM)
+    losses = []
+    for _ in range(TINY_STEPS):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(
+            module(torch.from_numpy(features)), torch.from_numpy(labels)
+        )
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    flat = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+    return Expected(features.tolist(), labels.tolist(), Numbers(losses, flat.tolist()))
+
+
+def tiny_files() -> dict[str, bytes]:
+    """What of it a device needs, by file name."""
+    plan = compile_tiny()
+    known = msgspec.json.format(msgspec.json.encode(expect_tiny()), indent=0)
+    return {
+        "plan.json": plan.header_bytes,
+        "train.onnx": plan.graphs["train"],
+        "initial.bin": plan.initial.astype("<f4").tobytes(),
+        "expected.json": known + b"\n",
+    }
+
+
 def main() -> None:
-    """Compile every demo plan into the package's folder."""
+    """Compile every plan that is shipped into its package's folder."""
     from covey_coordinator.plans.bundle import write
 
     for name in DEMO_MODELS:
         write(compile_demo(name), PLANS / name, replace=True)
         print(PLANS / name)  # noqa: T201
+    TINY.mkdir(exist_ok=True)
+    for name, data in tiny_files().items():
+        (TINY / name).write_bytes(data)
+    print(TINY)  # noqa: T201
 
 
 if __name__ == "__main__":
