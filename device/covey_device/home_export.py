@@ -100,7 +100,7 @@ def _read(child: "subprocess.Popen[bytes]") -> bytes:
 def _shape(
     data: bytes, ended_by: str, status: int, resident_bytes: int, seconds: float
 ) -> tuple[int, ...]:
-    room = f"limits.max_memory_mb leaves it {resident_bytes / 1e6:.0f} MB"
+    room = f"limits.max_memory_mb leaves it {max(resident_bytes, 0) / 1e6:.0f} MB"
     if ended_by == "memory":
         raise TrainingError(f"it needs more memory than there is ({room})")
     if ended_by == "seconds":

@@ -227,13 +227,16 @@ def read_model(folder: Path, sidecar: Sidecar) -> bytes:
 
 def check_model(folder: Path, sidecar: Sidecar) -> None:
     """Raise StorageError unless a kept model's file is there and whole. Never holds all of it."""
-    path, digest = folder / MODEL, hashlib.sha256()
+    path, digest, size = folder / MODEL, hashlib.sha256(), 0
     try:
         with path.open("rb") as file:
             while block := file.read(_BLOCK_BYTES):
                 digest.update(block)
+                size += len(block)
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
+    if size != sidecar.size:
+        raise StorageError(f"{path} is damaged: it has {size:,} bytes, not {sidecar.size:,}")
     _check_hash(path, digest.hexdigest(), sidecar)
 
 
@@ -311,11 +314,10 @@ class ModelDirectory:
             if not self.path.is_dir():
                 return
             with self._locked():
-                current, previous = self.folder(), self.folder(PREVIOUS)
                 sidecar = self.sidecar()
                 before = sidecar.before if sidecar is not None else None
-                lost = previous in (None, current)
-                if lost and before and (self.path / KEPT / before).is_dir():
+                # After a rollback it is no longer there.
+                if before and (self.path / KEPT / before).is_dir():
                     self._point(PREVIOUS, before)
                 self._tidy()
 

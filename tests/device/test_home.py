@@ -5,8 +5,7 @@ import hashlib
 import logging
 import os
 import stat
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import pytest
 
 from covey_coordinator.run import Run
 from covey_device import home as home_module
-from covey_device import home_export
 from covey_device.cache import BlobCache
 from covey_device.home import Home
 from covey_device.home_files import ModelDirectory, Sidecar, read_sidecar, verify
@@ -24,7 +22,7 @@ from covey_device.policy import Policy
 from covey_shared import chunks, wire
 from covey_shared.messages import RoundCall, WantBlob
 from covey_shared.runtime import LocalModel
-from memory_fleet import TOPICS, Fleet, Seat, config, go, hasten, short
+from memory_fleet import TOPICS, Fleet, Seat, config, go, hasten
 from memory_transport import Delivery
 
 IMAGES = np.random.default_rng(5).random((7, 1, 8, 8), dtype=np.float32)
@@ -247,8 +245,9 @@ def test_a_broker_that_serves_other_bytes_gets_nothing_kept(tmp_path: Path):
                     digest = chunks.decode_frame(payload).digest
                     known = {began, *map(_sha256, run.blobs()[:3])}
                     if digest not in known:
-                        at = len(payload) - 7
-                        return (delivery.changed(payload[:at] + bytes((payload[at] ^ 1,)) + payload[at + 1 :]),)  # fmt: skip
+                        other = bytearray(payload)
+                        other[-7] ^= 1
+                        return (delivery.changed(bytes(other)),)
                 return (delivery,)
 
             fleet.network.tamper = tamper
