@@ -116,6 +116,7 @@ class Home:
         self._call: Signed[RoundCall] | None = None
         self._over = False  # the last call's round has ended, as far as this device knows
         self._wanted: Vouched | None = None
+        self._later: Vouched | None = None  # of a call that came before a result's model was here
         self._due = 0.0
         self._retry_s = RETRY_S
         self._kept: tuple[int, bool] = (0, False)
@@ -148,7 +149,11 @@ class Home:
                 log.debug("%s: its model is not kept: %s", self._device, objection)
                 return
             self._call, self._over = Signed(message, signed.envelope), False
-            self._want(Vouched(self._call), SETTLE_S)
+            source, wanted = Vouched(self._call), self._wanted
+            if wanted is None or wanted.result is None:
+                self._want(source, SETTLE_S)
+            elif (message.plan, message.model) != (wanted.call.message.plan, wanted.model):
+                self._later = source
         elif isinstance(message, RoundAbandoned):
             if call and (message.run, message.round) == (call.message.run, call.message.round):
                 self._over = True
@@ -162,7 +167,7 @@ class Home:
     def _want(self, source: Vouched, wait_s: float) -> None:
         if source.key <= max(self._kept, self._wanted_key) or self._loop is None:
             return
-        self._wanted, self._retry_s = source, RETRY_S
+        self._wanted, self._later, self._retry_s = source, None, RETRY_S
         self._due = self._loop.time() + wait_s
         self._news.set()
 
@@ -231,11 +236,17 @@ class Home:
             if self._wanted is wanted:
                 self._due = asyncio.get_running_loop().time() + self._retry_s
                 self._retry_s = min(2 * self._retry_s, MAX_RETRY_S)
+                self._go_on()
             return
         self._kept = max(self._kept, wanted.key)
         if self._wanted is wanted:
             self._wanted = None
+            self._go_on()
             await asyncio.to_thread(self._remember, None)
+
+    def _go_on(self) -> None:
+        if self._later is not None:
+            self._want(self._later, SETTLE_S)
 
     async def _keep(self, wanted: Vouched, blobs: BlobFetcher) -> None:
         call = wanted.call.message

@@ -2,15 +2,18 @@
 
 import asyncio
 import hashlib
+import json
 import logging
 import os
 import stat
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 
 from covey_coordinator.run import Run
@@ -378,3 +381,132 @@ def test_a_full_disk_costs_the_new_model_and_nothing_else(
 
     with caplog.at_level(logging.WARNING, logger="covey.device"):
         go(scenario())
+
+
+# -- the owner's command ---------------------------------------------------------------------------
+
+SAY = """
+import json, os, sys
+print("environment", json.dumps(dict(os.environ)))
+print("here", os.getcwd(), sys.argv[1:])
+"""
+
+
+def test_the_hook_is_run_on_each_new_model_and_told_which(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """With nothing of the service's environment, in the model's folder."""
+    monkeypatch.setenv("COVEY_SECRET", "swordfish")
+    hook = (sys.executable, "-c", SAY, "one argument; not two")
+
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            settled, seat = Settled(fleet), fleet.seats[0]
+            settled.move_in(seat, hook=hook)
+            settled.move_in(*fleet.seats[1:])
+            stepwise(fleet, settled)
+            run = fleet.run(config(rounds=2))
+            playing = asyncio.create_task(fleet.play(run))
+            await fleet.until(lambda: caplog.text.count("ended well") == 1)
+            await playing
+            await fleet.until(lambda: caplog.text.count("ended well") == 2)
+            hooked = seat.directory / "model" / "hooked"
+            await fleet.until(lambda: b"00000002" in hooked.read_bytes())
+            said = [r.getMessage() for r in caplog.records if ": environment " in r.getMessage()]
+            environments = [json.loads(line.split(": environment ")[1]) for line in said]
+            assert [e["COVEY_ROUND"] for e in environments] == ["1", "2"]
+            sidecar, folder = settled.sidecar(seat), settled.directory(seat).folder()
+            environments[1].pop("LC_CTYPE", None)  # Python's own doing
+            assert environments[1] == {
+                "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+                "LANG": "C.UTF-8",
+                "COVEY_MODEL": f"{folder}/model.onnx",
+                "COVEY_MODEL_JSON": f"{folder}/model.json",
+                "COVEY_MODEL_SHA256": sidecar.onnx,
+                "COVEY_FLEET": "memory",
+                "COVEY_DEVICE": seat.name,
+                "COVEY_RUN": sidecar.run,
+                "COVEY_ROUND": "2",
+                "COVEY_PLAN": sidecar.plan_name,
+            }
+            here = [r.getMessage() for r in caplog.records if ": here " in r.getMessage()]
+            assert here[-1].endswith(f": here {folder} ['one argument; not two']")
+
+    with caplog.at_level(logging.INFO, logger="covey.device"):
+        go(scenario())
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        ("import time; print('so far', flush=True); time.sleep(60)", "was ended after"),
+        ("import sys; sys.exit(3)", "ended with status 3"),
+        ("while True: print('x' * 100)", "was ended after"),
+        (
+            "import os, time\nif os.fork() == 0: time.sleep(60)\nelse: os._exit(0)",
+            "ended well",
+        ),
+    ],
+)
+def test_a_hook_that_misbehaves_is_bounded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, program: str, told: str
+):
+    """Rounds go on meanwhile; its output in the log is short, and it leaves nothing running."""
+    mark = f"# {tmp_path.name}"
+    hook = (sys.executable, "-c", f"{mark}\n{program}")
+
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            settled, seat = Settled(fleet), fleet.seats[0]
+            settled.move_in(seat, hook=hook, hook_seconds=1.0)
+            state = await fleet.play(fleet.run(config(rounds=1)))
+            assert state.rounds_completed == 1
+            await settled.everybody_has(fleet.run().model_digest, seat)
+            await fleet.until(lambda: told in caplog.text)
+
+    with caplog.at_level(logging.INFO, logger="covey.device"):
+        go(scenario())
+    assert sum(len(r.getMessage()) for r in caplog.records if "the hook" in r.getMessage()) < 9000
+    left = [
+        p for p in psutil.process_iter(["cmdline"]) if mark in " ".join(p.info["cmdline"] or [])
+    ]
+    assert left == []
+
+
+def test_a_hook_that_cannot_be_run_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            settled, seat = Settled(fleet), fleet.seats[0]
+            settled.move_in(seat, hook=("/nowhere/at/all",))
+            await fleet.play(fleet.run(config(rounds=1)))
+            await fleet.until(lambda: "cannot be run: No such file" in caplog.text)
+
+    with caplog.at_level(logging.INFO, logger="covey.device"):
+        go(scenario())
+
+
+def test_a_hook_that_was_cut_short_is_run_again_and_once(tmp_path: Path):
+    """The process dies while it runs; the next one runs it, and the one after that does not."""
+    ran = tmp_path / "ran"
+    program = f"open({str(ran)!r}, 'a').write('x'); import time, os\n"
+    slow = (sys.executable, "-c", program + "time.sleep(60)")
+    quick = (sys.executable, "-c", program)
+
+    def times() -> int:
+        return len(ran.read_text()) if ran.exists() else 0
+
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            settled, seat = Settled(fleet), fleet.seats[0]
+            settled.move_in(seat, hook=slow)
+            await fleet.play(fleet.run(config(rounds=1)))
+            await fleet.until(lambda: times() == 1)
+            for _ in range(2):
+                await seat.service.close()
+                await fleet.boot(seat)
+                settled.move_in(seat, hook=quick)
+                await fleet.until(lambda: (seat.directory / "model" / "hooked").exists())
+                await asyncio.sleep(0.3)
+            assert times() == 2
+
+    go(scenario())
