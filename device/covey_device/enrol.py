@@ -402,17 +402,20 @@ def join(
     data: Path | None = None,
     expect_ca: str | None = None,
     force: bool = False,
+    home: Path | None = None,
+    write: Callable[[Path, bytes], None] | None = None,
     rng: keys.Rng = os.urandom,
     now: Callable[[], float] = time.time,
 ) -> Joined:
     """Enrol this device, and write its configuration. expect_ca: how the fleet CA's key must begin,
-    hexadecimal.
+    hexadecimal. home: a directory for everything but the configuration, which then names all by absolute
+    paths; None: the configuration's own. write: writes the configuration, if not `write_durably`.
 
     force: replace an enrolment that is there; its data, policy and files are kept. now: seconds since
     1970 by this device's clock, right or not. Raises CoveyError; then nothing is changed but that
     keys may wait for another attempt.
     """
-    base = config_path.parent
+    base = config_path.parent if home is None else home
     existing = _existing(config_path, force)
     trust = believed(
         exchange(token.host, token.port, tls.anybody(), _who_is_there(token, rng)), token, expect_ca
@@ -457,8 +460,8 @@ def join(
     _check_broker(enrolled.broker_url)
     write_durably(pending / BROKER_CA, ssl.DER_cert_to_PEM_cert(trust.tls_ca).encode())
     write_durably(pending / BROKER_PAIR, pair(tls_key, certificate))
-    table = device_toml(token, trust, enrolled, final.name, data, existing)
-    kept = _put_in_place(config_path, pending, final, table)
+    table = device_toml(token, trust, enrolled, final.name, data, existing, home)
+    kept = _put_in_place(config_path, pending, final, table, write or write_durably)
     audit.note(
         base / table["state"],
         "enrolled",
@@ -471,6 +474,7 @@ def join(
     source = table["data"].get("file") or table["data"].get("features", "")
     if table["data"]["kind"] == "python":
         source = ""
+    source = config_path.parent / source if source else ""
     return Joined(
         device=enrolled.device,
         fleet=trust.fleet,
@@ -478,8 +482,8 @@ def join(
         identity=identity.public,
         keys=final,
         config=config_path,
-        data=str(base / source),
-        data_there=not source or (base / source).exists(),
+        data=str(source),
+        data_there=not source or Path(source).exists(),
         waiting=not enrolled.certificate,
         kept=kept,
     )
@@ -489,7 +493,7 @@ def _take_back(pending: Path, final: Path, existing: dict[str, Any] | None) -> N
     """An earlier attempt that ended just before device.toml was written is gone on with."""
     if not final.exists():
         return
-    if existing is not None and str(existing["identity"]).startswith(f"{final.name}/"):
+    if existing is not None and Path(existing["identity"]).parent.name == final.name:
         raise ConfigError("this token was used on this device already; ask for a new one")
     try:
         final.rename(pending)
@@ -519,17 +523,22 @@ def _check_broker(url: str) -> None:
     raise RefusedError("the coordinator names no broker with TLS; ask your operator")
 
 
-def _existing(config_path: Path, force: bool) -> "dict[str, Any] | None":
-    """The device.toml that --force replaces, as far as it is kept."""
-    from covey_device import config as configuration
-
-    if not config_path.exists():
-        return None
-    if not force:
+def must_be_free(config_path: Path, force: bool) -> None:
+    """Raises ConfigError if a device is enrolled there, and is not to be anew."""
+    if config_path.exists() and not force:
         raise ConfigError(
             f"{config_path} is there already: this device has joined a fleet; --force enrols it anew "
             "and keeps its data and policy"
         )
+
+
+def _existing(config_path: Path, force: bool) -> "dict[str, Any] | None":
+    """The device.toml that --force replaces, as far as it is kept."""
+    from covey_device import config as configuration
+
+    must_be_free(config_path, force)
+    if not config_path.exists():
+        return None
     old = configuration.load(config_path)
     table: dict[str, Any] = msgspec.to_builtins(old)
     return table
@@ -542,17 +551,21 @@ def device_toml(
     directory: str,
     data: Path | None,
     existing: dict[str, Any] | None,
+    home: Path | None = None,
 ) -> dict[str, Any]:
     """The tables of a new device.toml. existing: those of the one that it replaces."""
     old = existing or {}
+    at = "" if home is None else f"{home}/"
+    directory = f"{at}{directory}"
     # What a device remembers belongs to its name: not to be lost, and of no use to another.
-    state = f"state/{trust.fleet}.{enrolled.device}"
+    state = f"{at}state/{trust.fleet}.{enrolled.device}"
     if (old.get("fleet"), old.get("device")) == (trust.fleet, enrolled.device):
         state = old["state"]
     if data is not None:
         source: dict[str, Any] = {"kind": "npz", "file": str(data.resolve())}
     else:
-        source = old.get("data", {"kind": "npz", "file": "data.npz"})
+        file = "data.npz" if home is None else f"{home}/data/data.npz"
+        source = old.get("data", {"kind": "npz", "file": file})
     table: dict[str, Any] = {
         "fleet": trust.fleet,
         "device": enrolled.device,
@@ -592,7 +605,11 @@ def toml(table: dict[str, Any]) -> str:
 
 
 def _put_in_place(
-    config_path: Path, pending: Path, final: Path, table: dict[str, Any]
+    config_path: Path,
+    pending: Path,
+    final: Path,
+    table: dict[str, Any],
+    write: Callable[[Path, bytes], None],
 ) -> Path | None:
     """Everything is written; let it be so. Returns where the old device.toml is kept."""
     kept = None
@@ -600,12 +617,12 @@ def _put_in_place(
     try:
         if config_path.exists():
             kept = config_path.with_name(f"{config_path.name}.old")
-            write_durably(kept, config_path.read_bytes())
+            write(kept, config_path.read_bytes())
         pending.rename(final)
     except OSError as error:
         raise _cannot("write", final, error) from error
     try:
-        write_durably(config_path, text)
+        write(config_path, text)
     except StorageError:
         with contextlib.suppress(OSError):
             final.rename(pending)  # the same token and keys may try again
