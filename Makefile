@@ -111,6 +111,14 @@ soak: setup ## 500 rounds with 20 devices in one go: what every process holds af
 stampede: setup ## 500 devices that lose their broker in the middle of a round (options: ARGS="--devices 100")
 	@$(BIN)/python benchmarks/stampede.py $(ARGS)
 
+.PHONY: deb
+deb: setup ## Debian packages of the device, in dist/ (ARGS="--release trixie --arch arm64")
+	@$(BIN)/python -m covey_packaging deb $(ARGS)
+
+.PHONY: wheels
+wheels: setup ## choose anew, and lock, the wheels that the packages hold
+	@$(BIN)/python -m covey_packaging wheels
+
 .PHONY: attacks
 attacks: setup ## every attack on a round, in memory and over a real mosquitto, and what becomes of it
 	@$(BIN)/python -m pytest tests/attacks -m "not slow" -n $(JOBS) -q --no-header --listing $(ARGS)
@@ -121,4 +129,4 @@ mutants: setup ## remove each check of the protocol in turn: some test must go r
 
 .PHONY: clean
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache covey-demo
+	rm -rf $(VENV) build dist .fuzz .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache covey-demo

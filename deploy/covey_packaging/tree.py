@@ -18,9 +18,9 @@ from installer.destinations import SchemeDictionaryDestination
 from installer.sources import WheelFile
 
 from covey_device import trim
-from covey_packaging import wheels as wheels_module
 from covey_packaging.target import CACHE, Target
 from covey_packaging.target import target as target_of
+from covey_packaging.wheels import build_covey, check_complete, fetch, lock_of, settle, wheel_name
 
 PREFIX = Path("/opt/covey")
 
@@ -66,10 +66,10 @@ def build_tree(path: Path, *, release: str, arch: str, cache: Path = CACHE) -> T
     second. Raises PackagingError if wheels cannot be had or do not fit together.
     """
     target = target_of(release, arch)
-    wheels = wheels_module.fetch(target, cache)
+    wheels = fetch(target, cache)
     with tempfile.TemporaryDirectory(prefix="covey-wheel-") as temporary:
-        ours = wheels_module.build_covey(Path(temporary))
-        wheels_module.check_complete([*wheels, ours], target)
+        ours = build_covey(Path(temporary))
+        check_complete([*wheels, ours], target)
         shutil.copytree(_base(target, wheels, cache), path, symlinks=True)
         _install([ours], path, target)
         trim.trim(path / site_packages(target), NOT_FOR_DEVICES)
@@ -81,7 +81,7 @@ def build_tree(path: Path, *, release: str, arch: str, cache: Path = CACHE) -> T
 def _base(target: Target, wheels: list[Path], cache: Path) -> Path:
     """The venv with everything but covey, made once for each lock and each version of this code."""
     digest = hashlib.sha256()
-    for path in (wheels_module.lock_of(target), Path(__file__), Path(trim.__file__)):
+    for path in (lock_of(target), Path(__file__), Path(trim.__file__)):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     base = cache / "trees" / f"{target.name}-{digest.hexdigest()[:16]}"
     if not base.is_dir():
@@ -91,7 +91,7 @@ def _base(target: Target, wheels: list[Path], cache: Path) -> Path:
             _make_venv(venv, target)
             _install(wheels, venv, target)
             trim.trim(venv / site_packages(target))
-            wheels_module.settle(venv, base)
+            settle(venv, base)
     return base
 
 
@@ -141,7 +141,7 @@ def _set_modes(path: Path) -> None:
 
 
 def _weigh(wheel: Path, path: Path, target: Target) -> Distribution:
-    name, version = wheels_module.wheel_name(wheel)
+    name, version = wheel_name(wheel)
     place = path / site_packages(target)
     with zipfile.ZipFile(wheel) as archive:
         unpacked = sum(member.file_size for member in archive.infolist())

@@ -43,7 +43,9 @@ def lock_of(target: Target) -> Path:
 
 
 def locked(target: Target) -> list[Pin]:
-    """What a target's lock says."""
+    """What a target's lock says; nothing if there is none yet."""
+    if not lock_of(target).exists():
+        return []
     text = lock_of(target).read_text().replace("\\\n", " ")
     pins = []
     for line in text.splitlines():

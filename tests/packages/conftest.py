@@ -6,7 +6,7 @@ import pytest
 
 from covey_packaging.target import PackagingError
 from covey_packaging.tree import Tree, build_tree
-from covey_packaging.wheels import fetch
+from covey_packaging.wheels import build_covey, fetch
 from prerequisites import missing
 
 
@@ -36,3 +36,9 @@ def tree_of(tmp_path_factory, locked_wheels) -> Callable[..., Tree]:
         return made[target]
 
     return tree
+
+
+@pytest.fixture(scope="session")
+def covey_wheel(tmp_path_factory):
+    """The wheel of this checkout."""
+    return build_covey(tmp_path_factory.mktemp("covey-wheel"))

@@ -1,6 +1,7 @@
 """The locks fit pyproject.toml and the machines they are for, and nothing else gets in."""
 
 import hashlib
+import os
 import zipfile
 
 import pytest
@@ -8,6 +9,7 @@ from packaging.utils import canonicalize_name
 
 from covey_packaging import wheels
 from covey_packaging.target import TARGETS, PackagingError, Target, target
+from covey_shared import __version__
 
 MOST_DISTRIBUTIONS = 16
 EVERY_TARGET = pytest.mark.parametrize("wanted", TARGETS, ids=lambda wanted: wanted.name)
@@ -45,10 +47,18 @@ def test_the_wheels_need_nothing_but_each_other(wanted, locked_wheels, covey_whe
     wheels.check_complete([*locked_wheels(wanted), covey_wheel], wanted)
 
 
-@pytest.fixture(scope="session")
-def covey_wheel(tmp_path_factory):
-    """The wheel of this checkout."""
-    return wheels.build_covey(tmp_path_factory.mktemp("covey-wheel"))
+def test_covey_s_own_wheel_comes_out_the_same_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1790000000")
+    made = []
+    for name, mask in (("a", 0o022), ("b", 0o077)):
+        (tmp_path / name).mkdir()
+        before = os.umask(mask)
+        try:
+            made.append(wheels.build_covey(tmp_path / name))
+        finally:
+            os.umask(before)
+    assert made[0].name == made[1].name == f"covey-{__version__}-py3-none-any.whl"
+    assert made[0].read_bytes() == made[1].read_bytes()
 
 
 def a_wheel(folder, name, version="1.0", needs=()):
