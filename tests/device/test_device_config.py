@@ -24,6 +24,7 @@ DATA: dict[str | None, dict[str, Any]] = {
     "csv": {"kind": "csv", "file": "data.csv", "labels": "label"},
     "idx": {"kind": "idx", "features": "x.idx", "labels": "y.idx"},
     "python": {"kind": "python", "function": "mine:data"},
+    "shards": {"kind": "shards", "directory": "data"},
 }
 KEYS = keys_of(DeviceConfig)
 

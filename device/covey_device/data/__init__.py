@@ -1,13 +1,23 @@
 """Data sources: what a device trains on, checked against the plan before a round needs it.
 
 Read `config` for the `[data]` table, `source` for what a source is, `fit` for the rules that data
-must keep. `files`, `table` and `provider` read the five kinds. Training lives in
+must keep. `files`, `table` and `provider` read the kinds that stay as they are, `growing` and what it
+imports a directory of shards, which grows (`covey_device.shards` writes one). Training lives in
 `covey_device.trainer`; the data never leaves the device.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from covey_device.data.config import CsvData, DataConfig, IdxData, NpyData, NpzData, PythonData
+from covey_device.data.config import (
+    CsvData,
+    DataConfig,
+    IdxData,
+    NpyData,
+    NpzData,
+    PythonData,
+    ShardsData,
+)
 from covey_device.data.files import map_npy, read_idx, read_npz
 from covey_device.data.fit import Array, fits
 from covey_device.data.provider import open_provider
@@ -15,6 +25,9 @@ from covey_device.data.source import ArraySource, DataSource, batches
 from covey_device.data.table import read_csv
 from covey_shared.errors import DataError
 from covey_shared.plan import PlanHeader
+
+if TYPE_CHECKING:
+    from covey_device.data.growing import Growth
 
 __all__ = [
     "ArraySource",
@@ -25,21 +38,25 @@ __all__ = [
     "NpyData",
     "NpzData",
     "PythonData",
+    "ShardsData",
     "batches",
     "open_source",
     "source_of_arrays",
 ]
 
 
-def open_source(config: DataConfig, header: PlanHeader, *, base: Path) -> DataSource:
+def open_source(
+    config: DataConfig, header: PlanHeader, *, base: Path, growth: "Growth | None" = None
+) -> DataSource:
     """Open the configured data and hold it against the plan.
 
-    base: the folder that paths in the configuration start from. Reads float arrays once from end
+    base: the folder that paths in the configuration start from. growth: what sources of a directory of
+    shards share; None for one of its own, without a reservoir. Reads float arrays once from end
     to end, in search of values that are not allowed.
     Raises DataError, which names the file and the array or column.
     """
     try:
-        return _open(config, header, base)
+        return _open(config, header, base, growth)
     except MemoryError:
         raise DataError(
             "the data named in [data] does not fit into memory: save it as two npy files (kind = "
@@ -57,7 +74,9 @@ def source_of_arrays(
     )
 
 
-def _open(config: DataConfig, header: PlanHeader, base: Path) -> DataSource:
+def _open(
+    config: DataConfig, header: PlanHeader, base: Path, growth: "Growth | None"
+) -> DataSource:
     match config:
         case NpzData():
             names = (config.features, config.labels)
@@ -77,3 +96,8 @@ def _open(config: DataConfig, header: PlanHeader, base: Path) -> DataSource:
         case PythonData():
             origins = [f"{config.function}, {role}" for role in ("features", "labels")]
             return open_provider(config, fits(config, header, *origins), base)
+        case ShardsData():
+            # Here, since other kinds have no use for it: the idle service is kept small.
+            from covey_device.data.growing import GrowingSource, Growth
+
+            return GrowingSource(config, header, base, growth or Growth())

@@ -7,7 +7,7 @@ configuration file.
 """
 
 from fractions import Fraction
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -105,4 +105,25 @@ class PythonData(_Common, frozen=True, kw_only=True, tag="python"):
     ]
 
 
-DataConfig = NpzData | NpyData | CsvData | IdxData | PythonData
+class ShardsData(_Common, frozen=True, kw_only=True, tag="shards"):
+    """A directory to which a local program adds shards: `.npz` files, and `.csv` with a header row.
+
+    select: which examples are trained on, at most `max_examples`. features, labels: the arrays of npz
+    shards. columns, label_columns, delimiter: of csv shards, as in `CsvData`. max_age_days, max_mb,
+    max_shards: beyond them this device deletes the oldest shards; None: it never deletes any.
+    """
+
+    directory: Text
+    select: Literal["recent", "reservoir", "all"] = "recent"
+    max_examples: Annotated[int, Meta(ge=1, le=100_000_000)] = 100_000
+    features: Text = "features"
+    labels: Text = "labels"
+    columns: tuple[Text, ...] = ()
+    label_columns: Text | Annotated[tuple[Text, ...], Meta(min_length=1)] = "label"
+    delimiter: OneCharacter = ","
+    max_age_days: Annotated[float, Meta(gt=0, le=36_500)] | None = None
+    max_mb: Annotated[int, Meta(ge=1)] | None = None
+    max_shards: Annotated[int, Meta(ge=1)] | None = None
+
+
+DataConfig = NpzData | NpyData | CsvData | IdxData | PythonData | ShardsData

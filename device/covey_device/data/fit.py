@@ -114,15 +114,26 @@ class Fit:
         values: converted, any shape.
         """
         flat = values.reshape(-1)
-        good = np.isfinite(flat)
-        if self.allowed.low is not None:
-            good &= flat >= self.allowed.low
-        if self.allowed.high is not None:
-            good &= flat <= self.allowed.high
+        good = self._good(flat)
         if good.all():
             return None
         index = int(np.argmin(good))
         return index, f"{flat[index]} where {self.allowed.wants}"
+
+    def good_rows(self, values: Array) -> NDArray[np.bool_]:
+        """Which rows hold only values that are allowed. values: converted, one row per example."""
+        good: NDArray[np.bool_] = np.asarray(
+            self._good(values.reshape(len(values), -1)).all(axis=1)
+        )
+        return good
+
+    def _good(self, values: Array) -> NDArray[np.bool_]:
+        good: NDArray[np.bool_] = np.isfinite(values)
+        if self.allowed.low is not None:
+            good &= values >= self.allowed.low
+        if self.allowed.high is not None:
+            good &= values <= self.allowed.high
+        return good
 
     def check_values(self, values: Array, numbers: Sequence[int] | NDArray[np.int64]) -> None:
         """Raise DataError at the first bad value. numbers: the rows' example numbers."""

@@ -64,6 +64,9 @@ class ProviderSource:
             converted.append(values)
         return converted[0], converted[1]
 
+    def refresh(self) -> None:
+        """Nothing: how many examples there are was asked when it was opened."""
+
 
 def open_provider(config: PythonData, fits: tuple[Fit, Fit], base: Path) -> DataSource:
     """Import the module, call the function, check what it returns. base: may hold the module."""

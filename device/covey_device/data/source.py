@@ -34,6 +34,13 @@ class DataSource(Protocol):
         """Features [len(indices), *shape] and labels, C-contiguous, of the plan's types."""
         ...
 
+    def refresh(self) -> None:
+        """Take in what is new since it was opened, before a round; never while `batches` are drawn.
+
+        Raises DataError if there is no example left.
+        """
+        ...
+
 
 class ArraySource:
     """Two arrays, in memory or memory-mapped; converted batch by batch.
@@ -69,6 +76,9 @@ class ArraySource:
             for rows, fit in zip(self._rows, self._fits, strict=True)
         )
         return features, labels
+
+    def refresh(self) -> None:
+        """Nothing: arrays do not grow."""
 
 
 class Rows:

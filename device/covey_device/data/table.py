@@ -7,10 +7,10 @@ reading, and one block of rows. Text is slow to parse: save larger data as npy.
 import csv
 from array import array as Buffer
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -32,11 +32,17 @@ def read_csv(path: Path, config: CsvData, fits: tuple[Fit, Fit]) -> tuple[Array,
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            return _Table(stream, config, fits).read()
+            return read_table(stream, config, fits)
     except FileNotFoundError:
         raise missing(path, config.file) from None
     except OSError as error:
         raise DataError(f"{config.file} cannot be read: {error.strerror or error}") from error
+
+
+def read_table(lines: Iterable[str], config: CsvData, fits: tuple[Fit, Fit]) -> tuple[Array, Array]:
+    """The same of the lines of a file. config.file: its name in messages."""
+    try:
+        return _Table(lines, config, fits).read()
     except UnicodeDecodeError as error:
         raise DataError(f"{config.file} is not UTF-8 text ({error}): save it as UTF-8") from error
 
@@ -44,9 +50,9 @@ def read_csv(path: Path, config: CsvData, fits: tuple[Fit, Fit]) -> tuple[Array,
 class _Table:
     """One reading of one file."""
 
-    def __init__(self, stream: TextIO, config: CsvData, fits: tuple[Fit, Fit]) -> None:
+    def __init__(self, lines: Iterable[str], config: CsvData, fits: tuple[Fit, Fit]) -> None:
         self._file = config.file
-        self._reader = csv.reader(stream, delimiter=config.delimiter, strict=True)
+        self._reader = csv.reader(lines, delimiter=config.delimiter, strict=True)
         self._lines = self._records()
         names = next(self._lines, [])
         if not names:
