@@ -5,6 +5,7 @@ when the data is opened or, after a `python` block in between, when a batch is r
 """
 
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from covey_device.data import DataConfig, batches, open_source
+from covey_device.data.growing import Growth
 from covey_shared.errors import DataError
 from device_support import IMAGES, make_header
 
@@ -26,7 +28,7 @@ def test_the_page_is_true(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     names, source, error = {}, None, None
-    told, kinds = 0, set()
+    told, kinds, growth = 0, set(), Growth(tmp_path / "state")
     for language, block in BLOCK.findall(PAGE):
         if language != "text" and error is not None:
             pytest.fail(f"the page does not show this error: {error}")
@@ -35,12 +37,14 @@ def test_the_page_is_true(tmp_path, monkeypatch):
         elif language == "toml":
             config = msgspec.convert(tomllib.loads(block)["data"], type=DataConfig)
             kinds.add(type(config).__name__)
-            header = WEATHER if "csv" in block else IMAGES
+            header = WEATHER if "csv" in block or "weather" in block else IMAGES
             try:
-                source = open_source(config, header, base=tmp_path)
+                source = open_source(config, header, base=tmp_path, growth=growth)
                 next(batches(source, 8, np.random.default_rng(0)))
             except DataError as raised:
                 error = str(raised)
+        elif language == "sh":
+            subprocess.run(["sh", "-e", "-c", block], check=True, timeout=30)
         else:
             assert language == "text"
             if error is None:
@@ -50,6 +54,6 @@ def test_the_page_is_true(tmp_path, monkeypatch):
             assert block.strip() == error
             error, told = None, told + 1
     assert error is None
-    assert len(kinds) == 5
-    assert told >= 10
+    assert len(kinds) == 6
+    assert told >= 12
     sys.modules.pop("garden", None)
