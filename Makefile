@@ -115,6 +115,10 @@ stampede: setup ## 500 devices that lose their broker in the middle of a round (
 deb: setup ## Debian packages of the device, in dist/ (ARGS="--release trixie --arch arm64")
 	@$(BIN)/python -m covey_packaging deb $(ARGS)
 
+.PHONY: size
+size: setup ## what a device takes on the disk, distribution by distribution, with its bounds (ARGS="--json FILE")
+	@$(BIN)/python benchmarks/device_size.py $(ARGS)
+
 .PHONY: wheels
 wheels: setup ## choose anew, and lock, the wheels that the packages hold
 	@$(BIN)/python -m covey_packaging wheels

@@ -29,6 +29,11 @@ def report(rows: Sequence[Row], json_path: Path | None = None) -> bool:
         table.add_row(row.name, value, row.unit, row.bound, verdict)
     Console().print(table)
     if json_path is not None:
-        document = {"rows": [asdict(row) for row in rows]}
-        json_path.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=1))
+        write(rows, json_path)
     return all(row.holds for row in rows)
+
+
+def write(rows: Sequence[Row], json_path: Path) -> None:
+    """Write {"rows": [...]}."""
+    document = {"rows": [asdict(row) for row in rows]}
+    json_path.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=1))
