@@ -510,6 +510,20 @@ def test_memory_is_bounded_by_the_examples_that_are_held(make_home):
     )  # a shard while it is read, and while it is checked
 
 
+def test_more_examples_than_fit_into_memory(make_home, monkeypatch):
+    home = make_home(max_examples=1_000_000)
+    home.put("a.npz", npz(0))
+
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("covey_device.data.window.Kind.empty", full)
+    with pytest.raises(
+        DataError, match=r"data: max_examples = 1000000 are more .*: lower it, or keep"
+    ):
+        home.open()
+
+
 def test_all_says_when_it_is_not_all(make_home, caplog):
     home = make_home(select="all", max_examples=10)
     home.put("a.npz", npz(0))

@@ -135,6 +135,15 @@ class GrowingSource:
     def refresh(self) -> None:
         """Take in shards that are new, let go of those that are gone, delete those beyond the owner's
         limits. Raises DataError if no example is left."""
+        try:
+            self._refresh()
+        except MemoryError:
+            raise DataError(
+                f"{self._config.directory}: max_examples = {self._config.max_examples} are more examples "
+                'than fit into memory: lower it, or keep them on the disk with select = "reservoir"'
+            ) from None
+
+    def _refresh(self) -> None:
         n_shards, problem = 0, None
         try:
             with opened_folder(self._path, self._config.directory) as folder:
