@@ -6,6 +6,7 @@ and says on its standard output how it went. If onnxruntime crashes, allocates w
 back, this process ends, and the service that asked goes on.
 """
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -88,7 +89,8 @@ def main() -> None:
         header = decode_header(source.read(request.header_bytes))
         graph = source.read(request.graph_bytes)
         parameters = np.frombuffer(source.read(), "<f4").astype(np.float32, copy=False)
-    os.nice(19)
+    with contextlib.suppress(OSError):  # a filter of the unit's may forbid it, whose priority is that already
+        os.nice(19)
     most = file_bytes(request.header_bytes, request.graph_bytes, parameters.nbytes)
     confine(request.resident_bytes, request.seconds, files=FILES, file_bytes=most)
     os.write(1, msgspec.json.encode(_answer(request.output, header, graph, parameters)))
