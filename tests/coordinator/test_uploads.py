@@ -428,3 +428,39 @@ def test_what_is_no_longer_on_offer_is_not_sent():
         assert transport.published == []
 
     go(scenario())
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_another_run_offered_lingers_for_a_while():
+    """And what was asked for is not forgotten because the same is offered again."""
+
+    async def scenario() -> None:
+        transport = Publishing()
+        server = BlobServer(transport, TOPICS)  # type: ignore[arg-type]
+        serving = asyncio.create_task(server.serve())
+        server.offer([DATA])
+        server.want(DIGEST, ((0, 1),))
+        server.offer([DATA, b"more"])
+        await asyncio.sleep(0.1)
+        assert len(transport.published) == 1
+        server.linger(0.3)
+        server.offer([b"the next run's"])
+        server.want(DIGEST, ((1, 1),))
+        await asyncio.sleep(0.1)
+        assert len(transport.published) == 2
+        await asyncio.sleep(0.3)
+        server.want(DIGEST, ((2, 1),))
+        await asyncio.sleep(0.1)
+        assert len(transport.published) == 2
+        # One run more, and the timer of the first does not end what lingers of the second.
+        server.linger(0.2)
+        server.offer([DATA])
+        server.linger(5.0)
+        server.offer([])
+        await asyncio.sleep(0.3)
+        server.want(DIGEST, ((2, 1),))
+        await asyncio.sleep(0.1)
+        assert len(transport.published) == 3
+        serving.cancel()
+
+    go(scenario())

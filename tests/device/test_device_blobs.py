@@ -403,3 +403,63 @@ def test_who_serves_is_back_and_is_asked_at_once(monkeypatch: pytest.MonkeyPatch
         bench.fetcher.hurry()  # with nothing to fetch
 
     go(scenario())
+
+
+# -- two who want the same -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_two_who_want_the_same_blob_share_one_download(tmp_path: Path, cached: bool):
+    """A round, and the device for itself."""
+
+    async def scenario() -> None:
+        bench = Bench(everything, tmp_path / "cache" if cached else None)
+        first, second = await asyncio.gather(bench.fetch(), bench.fetch())
+        assert first == second == DATA
+        assert bench.asked == [((0, 4),)]
+        assert bench.transport.ever == [TOPICS.blob(DIGEST)]
+        assert bench.transport.now == []
+
+    go(scenario())
+
+
+def test_whose_wait_is_cancelled_does_not_take_the_other_along(tmp_path: Path):
+    """Either way round: the second goes on by itself when the first is gone."""
+
+    async def scenario() -> None:
+        answering = [False]
+
+        def answer(fetcher: BlobFetcher, time: int, ranges: Any) -> None:
+            if answering[0]:
+                everything(fetcher, time, ranges)
+
+        bench = Bench(answer)
+        first, second = asyncio.create_task(bench.fetch()), asyncio.create_task(bench.fetch())
+        third = asyncio.create_task(bench.fetch())
+        await asyncio.sleep(0.05)
+        third.cancel()
+        first.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await first
+        answering[0] = True
+        assert await asyncio.wait_for(second, 10) == DATA
+        assert third.cancelled()
+        assert bench.transport.now == []
+
+    go(scenario())
+
+
+def test_who_waited_for_one_that_failed_tries_for_itself(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(blobs, "MAX_ATTEMPTS_WITHOUT_PROGRESS", 1)
+
+    async def scenario() -> None:
+        def answer(fetcher: BlobFetcher, time: int, ranges: Any) -> None:
+            if time > 2:
+                everything(fetcher, time, ranges)
+
+        bench = Bench(answer)
+        first, second = await asyncio.gather(bench.fetch(), bench.fetch(), return_exceptions=True)
+        assert isinstance(first, RefusedError)
+        assert second == DATA
+
+    go(scenario())

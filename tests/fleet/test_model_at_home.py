@@ -18,12 +18,13 @@ from covey_coordinator.config import BrokerConfig
 from covey_coordinator.daemon import Daemon
 from covey_coordinator.fleet import FleetDirectory
 from covey_coordinator.queueing import queue_run
-from covey_coordinator.store import RunDirectory
+from covey_coordinator.store import FILE, RunDirectory, Store
 from covey_device import home
 from covey_device.assembly import assemble, load_device
 from covey_device.home_files import ModelDirectory, verify
 from covey_device.service import DeviceService
 from covey_shared import wire
+from covey_shared.errors import CoveyError
 from covey_shared.messages import Decline, DeviceId, WantBlob
 from covey_shared.topics import Topics
 from memory_fleet import PLAN, go, hasten
@@ -229,3 +230,36 @@ def test_what_leaves_a_device_is_what_left_it_before(
 
     with caplog.at_level(logging.INFO):
         go(scenario())
+
+
+def test_of_several_runs_the_last_round_s_model_is_on_offer(bench: Bench):
+    """After a start that finds nothing to play; a run whose plan is gone costs a line in the log."""
+
+    async def scenario() -> None:
+        devices = [await bench.device(name) for name in NAMES]
+        runs = {}
+        for name in ("b", "a"):  # the later one comes first by name
+            runs[name] = bench.queue(name)
+            await bench.up(lambda name=name: bench.heard(f"run {name} completed"))  # type: ignore[misc]
+        for device in devices:
+            await device.close()
+        with Store.open(bench.fleet.path / FILE) as store:
+            offered = daemon.last_model(bench.fleet, store)
+            digests = [hashlib.sha256(blob).hexdigest() for blob in offered]
+            assert digests[-1] == store.run("a").model != store.run("b").model
+            graphs = [(PLAN / f"{name}.onnx").read_bytes() for name in ("train", "infer")]
+            assert offered[1:3] == graphs
+            table = tomli_w.dumps({"plan": "gone"})
+            (runs["a"].path / "run.toml").write_text(table)
+            with pytest.raises(CoveyError, match="gone"):
+                daemon.last_model(bench.fleet, store)
+        bench.said.clear()
+        await bench.up(lambda: bench.heard("waiting for devices and runs"))
+
+    go(scenario())
+
+
+def test_a_fleet_without_a_round_offers_nothing(bench: Bench):
+    bench.queue("a")
+    with Store.open(bench.fleet.path / FILE) as store:
+        assert daemon.last_model(bench.fleet, store) == []
