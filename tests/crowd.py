@@ -74,7 +74,12 @@ class _Trainer:
     def __init__(self, device: str, seconds: float) -> None:
         self._device, self._seconds = device, seconds
 
-    def train(self, parameters: np.ndarray, work: Any, *, clock: Any, rng: Any, stop: Any) -> Any:
+    def refresh(self) -> None:
+        """Its data do not grow."""
+
+    def train(
+        self, parameters: np.ndarray, work: Any, *, clock: Any, rng: Any, stop: Any, gate: Any
+    ) -> Any:
         time.sleep(self._seconds)
         seed = hashlib.sha256(self._device.encode() + parameters.tobytes()).digest()
         stream = np.random.default_rng(int.from_bytes(seed[:8], "big"))

@@ -90,7 +90,7 @@ class FakeTrainer:
         """Its data never grows."""
 
     def train(
-        self, parameters: np.ndarray, work: Work, *, clock: Any, rng: Any, stop: Any
+        self, parameters: np.ndarray, work: Work, *, clock: Any, rng: Any, stop: Any, gate: Any
     ) -> TrainResult:
         self.rounds += 1
         self.on_train(stop)

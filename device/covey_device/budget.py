@@ -1,7 +1,7 @@
 """How much one round may cost this device: batches, seconds and resident memory.
 
 A `Meter` is asked before each batch whether a bound is reached. Whether the device may train at
-all now (heat, power, a veto) is `eligibility`'s question. The clock and the memory reading are
+all now (heat, power, a veto) is the question of `host.eligibility`. The clock and the memory reading are
 arguments; nothing here looks at either by itself.
 """
 
@@ -84,8 +84,12 @@ class Meter:
             return "memory"
         return None
 
+    def begin_batch(self) -> None:
+        """A batch begins now: what passed since the last one, in a pause, is not its time."""
+        self._last = self._clock()
+
     def batch_done(self) -> None:
-        """Count one batch, with the time since the last one (or since the start)."""
+        """Count one batch, with the time since it began (or since the last one, or the start)."""
         now = self._clock()
         self._slowest_s = max(self._slowest_s, now - self._last)
         self._last = now

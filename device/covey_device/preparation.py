@@ -5,18 +5,19 @@ again. Both are named by their hashes in a call that the coordinator signed.
 """
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from covey_device.blobs import BlobFetcher
 from covey_device.config import DeviceConfig, LimitsConfig, PolicyFile
-from covey_device.data import DataConfig
-from covey_device.trainer import Trainer, TrainResult, Work, load_trainer
+from covey_device.data import DataConfig, ShardsData
+from covey_device.trainer import OPEN, Gate, Trainer, TrainResult, Work, load_trainer
 from covey_device.trials import Allowed, Trials
 from covey_shared.errors import DataError, LocalProtocolError, MalformedError, RefusedError
 from covey_shared.keys import Rng
@@ -30,6 +31,9 @@ from covey_shared.plan import (
     decode_header,
     plan_hash,
 )
+
+if TYPE_CHECKING:
+    from covey_device.data.growing import Growth
 
 T = TypeVar("T")
 
@@ -61,7 +65,9 @@ class Preparation:
         self.policy = policy
         self._limits_in_force = policy.current.limits if policy else None
         self.plan: tuple[bytes, PlanHeader, Trainer] | None = None
+        self._graph: tuple[bytes, PlanHeader, bytes] | None = None  # what its trainer is made of
         self.model: tuple[bytes, Flat] | None = None
+        self._in_use = threading.Lock()  # by a training, which an earlier round may still be ending
 
     async def fetch(self, call: RoundCall) -> PlanHeader:
         """Get what a call names, within the owner's limits as they are now.
@@ -76,7 +82,8 @@ class Preparation:
                 f"{4 * header.n_params}"
             )
         graph = bytes.fromhex(header.train.sha256)
-        self._blobs.hold((call.plan, graph, call.model))
+        infer = bytes.fromhex(header.infer.sha256)  # what is kept of the model is made with it
+        self._blobs.hold((call.plan, graph, infer, call.model))
         if self.model is None or self.model[0] != call.model:
             limit = min(4 * header.n_params, self.limits.max_resident_bytes)
             data = await self._blobs.fetch(call.model, call.model_bytes, limit=limit)
@@ -91,15 +98,9 @@ class Preparation:
 
     async def _fetch_plan(self, call: RoundCall) -> PlanHeader:
         if self.plan is not None and self.plan[0] == call.plan:
+            await self._refresh(self.plan[2])
             return self.plan[1]
-        data = await self._blobs.fetch(call.plan, call.plan_bytes, limit=MAX_HEADER_BYTES)
-        if plan_hash(data) != call.plan:
-            raise MalformedError("the plan's header does not match its hash")
-        header = decode_header(data)
-        graph = await self._blobs.fetch(
-            bytes.fromhex(header.train.sha256), header.train.size, limit=MAX_GRAPH_BYTES
-        )
-        check_graph(header.train, graph, "train.onnx")
+        header, graph = await self._fetch_graph(call)
         self.plan = None  # two plans at once may be more than the device has room for
         # Among the training threads: reading data may take long, and duties must not wait for it.
         try:
@@ -114,8 +115,44 @@ class Preparation:
         self.plan = (call.plan, header, trainer)
         return header
 
-    def train(self, head: Head, stop: Callable[[], bool]) -> TrainResult:
-        """Train as the head says and the owner allows; blocks until then. Raises CoveyError."""
+    async def _refresh(self, trainer: Trainer) -> None:
+        """Data that came since the last round are this one's. Before it is joined: a device whose data are
+        gone declines, and no cohort has to do without it."""
+
+        def refresh() -> None:
+            with self._in_use:
+                trainer.refresh()
+
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._pool, tamed(refresh))
+        except DataError:
+            self.plan = None  # it is opened anew
+            raise
+
+    async def _fetch_graph(self, call: RoundCall) -> tuple[PlanHeader, bytes]:
+        if self._graph is not None and self._graph[0] == call.plan:
+            return self._graph[1:]
+        data = await self._blobs.fetch(call.plan, call.plan_bytes, limit=MAX_HEADER_BYTES)
+        if plan_hash(data) != call.plan:
+            raise MalformedError("the plan's header does not match its hash")
+        header = decode_header(data)
+        graph = await self._blobs.fetch(
+            bytes.fromhex(header.train.sha256), header.train.size, limit=MAX_GRAPH_BYTES
+        )
+        check_graph(header.train, graph, "train.onnx")
+        self._graph = (call.plan, header, graph)
+        return header, graph
+
+    def rest(self, *, model: bool) -> None:
+        """Give back what can be made again without the network: the trainer, with its session and its data
+        source, and the `model` if it is on the disk as well."""
+        self.plan = None
+        if model:
+            self.model = None
+
+    def train(self, head: Head, stop: Callable[[], bool], gate: Gate = OPEN) -> TrainResult:
+        """Train as the head says, the owner allows and the machine bears; blocks until then. Raises
+        CoveyError."""
         if self.plan is None or self.plan[0] != head.plan:
             raise LocalProtocolError("training without the round's plan")
         if self.model is None or self.model[0] != head.model:
@@ -130,13 +167,15 @@ class Preparation:
             hyper=dict(zip(names, head.work.hyper, strict=True)),
         )
         seed = int.from_bytes(self._rng(8), "big")
-        return trainer.train(
-            self.model[1],
-            work,
-            clock=time.monotonic,
-            rng=np.random.default_rng(seed),
-            stop=stop,
-        )
+        with self._in_use:
+            return trainer.train(
+                self.model[1],
+                work,
+                clock=time.monotonic,
+                rng=np.random.default_rng(seed),
+                stop=stop,
+                gate=gate,
+            )
 
 
 def tamed(step: Callable[[], T]) -> Callable[[], T]:
@@ -165,6 +204,7 @@ class TriedTrainers:
         self, data: DataConfig, base: Path, state: Path, limits: Callable[[], LimitsConfig]
     ) -> None:
         self._data, self._base, self._limits = data, base, limits
+        self._growth = _growth_of(data, state)
         self.trials = Trials(state, self._allowed)
 
     def _allowed(self) -> Allowed:
@@ -183,7 +223,17 @@ class TriedTrainers:
             allowed.threads,
             self.trials,
             allowed.max_resident_bytes,
+            self._growth,
         )
+
+
+def _growth_of(data: DataConfig, state: Path) -> "Growth | None":
+    """What the sources of a directory of shards share for as long as this process runs."""
+    if not isinstance(data, ShardsData):
+        return None
+    from covey_device.data.growing import Growth
+
+    return Growth(state)
 
 
 def trainer_factory(config: DeviceConfig, base: Path, policy: PolicyFile) -> TriedTrainers:

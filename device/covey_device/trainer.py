@@ -1,8 +1,9 @@
 """Trains a plan on this device's data: parameters in, one weighted update out.
 
-Work ends at the first of its bounds (see `budget`), or when asked to stop; an early end still
-gives a valid update, weighted by the examples that were really trained on. What is not fit to be
-sent (nothing trained, NaN, out of memory) raises TrainingError, and the device declines the round.
+Work ends at the first of its bounds (see `budget`), when asked to stop, or when the machine cannot bear
+it (see `host`); an early end still gives a valid update, weighted by the examples that were really trained
+on. What is not fit to be sent (nothing trained, NaN, out of memory) raises TrainingError, and the device
+declines the round.
 Masking, signing and sending live in `covey_shared`; here nothing leaves the device.
 """
 
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +28,11 @@ from covey_shared.layout import Flat
 from covey_shared.plan import PlanHeader
 from covey_shared.runtime import OUT_OF_MEMORY, TrainStep
 
+if TYPE_CHECKING:
+    from covey_device.data.growing import Growth
+
 Array = NDArray[Any]
-StoppedBy = Literal["batches", "seconds", "memory", "stop"]
+StoppedBy = Literal["batches", "seconds", "memory", "stop", "host"]
 
 WATCH_S = 0.5
 """How often a step that takes long is asked after."""
@@ -54,6 +58,48 @@ class Step(Protocol):
     def interrupt(self) -> None:
         """From another thread: have the step that runs fail soon, and all others until `load`."""
         ...
+
+
+class Gate(Protocol):
+    """Whether the machine lets training go on; `covey_device.host.care.HostGate` looks at it."""
+
+    def passes(
+        self, left_s: float, need_bytes: int | None = None, stop: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Before each batch: may it begin? Waits while training is to pause, for at most left_s. need_bytes:
+        memory that training has yet to take; before the first batch alone."""
+        ...
+
+    def stopping(self) -> bool:
+        """From another thread, now and then: is a batch that runs for long to be given up?"""
+        ...
+
+    @property
+    def line(self) -> str:
+        """Why training is to end, for the device's owner."""
+        ...
+
+    @property
+    def public(self) -> str:
+        """The same for others."""
+        ...
+
+
+class _Open:
+    """Of a machine that minds nothing."""
+
+    line = public = ""
+
+    def passes(
+        self, left_s: float, need_bytes: int | None = None, stop: Callable[[], bool] = lambda: False
+    ) -> bool:
+        return True
+
+    def stopping(self) -> bool:
+        return False
+
+
+OPEN: Gate = _Open()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +168,10 @@ class Trainer:
         """Examples that this device has."""
         return self._source.n_examples
 
+    def refresh(self) -> None:
+        """Take in data that came since the last round; not while it trains. Raises DataError."""
+        self._source.refresh()
+
     def train(
         self,
         parameters: Flat,
@@ -130,11 +180,13 @@ class Trainer:
         clock: Clock,
         rng: np.random.Generator,
         stop: Callable[[], bool] = lambda: False,
+        gate: Gate = OPEN,
     ) -> TrainResult:
         """Train from `parameters` (float32[n_params], left as they are) within the work's bounds.
 
         clock: seconds, from any origin. rng: orders the examples. stop: asked before each batch;
-        True ends training as a bound does.
+        True ends training as a bound does. gate: asked as well; it may have training pause, while the time
+        of the work goes on.
         Raises TrainingError if there is no usable update, DataError if the source fails.
         """
         hyper = self._hyper(work)
@@ -153,8 +205,9 @@ class Trainer:
         meter = Meter(budget, clock=clock, resident=self._resident)
         free = budget.max_resident_bytes - self._resident()
         try:
-            with bounded_data(free), self._interrupter(budget.max_seconds, stop) as interrupted:
-                return self._train(parameters, work, hyper, meter, rng, stop, interrupted)
+            watched = self._interrupter(budget.max_seconds, stop, gate)
+            with bounded_data(free), watched as interrupted:
+                return self._train(parameters, work, hyper, meter, rng, stop, gate, interrupted)
         except MemoryError as error:
             raise TrainingError(
                 f"out of memory after {meter.batches} of {work.batches} batches: the device declines "
@@ -170,13 +223,20 @@ class Trainer:
         meter: Meter,
         rng: np.random.Generator,
         stop: Callable[[], bool],
+        gate: Gate,
         interrupted: list[StoppedBy],
     ) -> TrainResult:
         self._step.load(parameters)
         supply = batches(self._source, work.batch_size, rng)
         examples, loss_sum = 0, 0.0
         stopped_by: StoppedBy | None
-        while (stopped_by := meter.reached() or ("stop" if stop() else None)) is None:
+        need = (
+            None
+            if self._trial is None
+            else self._trial.need_bytes(min(work.batch_size, self.n_examples))
+        )
+        while (stopped_by := self._over(meter, stop, gate, need)) is None:
+            need = None
             features, labels = next(supply)
             try:
                 loss = self._step.step(features, labels, hyper)
@@ -191,6 +251,11 @@ class Trainer:
             examples += len(labels)
             loss_sum += loss * len(labels)
             meter.batch_done()
+        if examples == 0 and stopped_by == "host":
+            raise TrainingError(
+                f"no batch was trained: {gate.line}; the device declines the round",
+                public=gate.public,
+            )
         if examples == 0:
             raise TrainingError(
                 f"no batch was trained: {self._why_none(stopped_by, work)}; the device declines "
@@ -213,18 +278,36 @@ class Trainer:
             seconds=meter.seconds,
         )
 
+    @staticmethod
+    def _over(
+        meter: Meter, stop: Callable[[], bool], gate: Gate, need_bytes: int | None
+    ) -> StoppedBy | None:
+        """What forbids one more batch, if anything does; returns after a pause, if there is to be one."""
+        over: StoppedBy | None = meter.reached() or ("stop" if stop() else None)
+        if over is not None:
+            return over
+        left = meter.budget.max_seconds - meter.seconds
+        if not gate.passes(left, need_bytes, stop):
+            return "host"
+        meter.begin_batch()
+        # What was true before a pause need not be so after it.
+        return meter.reached() or ("stop" if stop() else None)
+
     @contextlib.contextmanager
-    def _interrupter(self, seconds: float, stop: Callable[[], bool]) -> Iterator[list[StoppedBy]]:
-        """Within, a step that is still at it when time is over, or training is not wanted any more, is
-        interrupted. Gives a list, to which the reason is added then."""
+    def _interrupter(
+        self, seconds: float, stop: Callable[[], bool], gate: Gate
+    ) -> Iterator[list[StoppedBy]]:
+        """Within, a step that is still at it when time is over, or training is not wanted any more, or the
+        machine cannot bear it, is interrupted. Gives a list, to which the reason is added then."""
         reasons: list[StoppedBy] = []
         over = threading.Event()
         ends = time.monotonic() + seconds
 
         def watch() -> None:
             while not over.wait(min(WATCH_S, max(0.0, ends - time.monotonic()))):
-                if time.monotonic() >= ends or stop():
-                    reasons.append("stop" if stop() else "seconds")
+                host = gate.stopping()
+                if time.monotonic() >= ends or stop() or host:
+                    reasons.append("stop" if stop() else "host" if host else "seconds")
                     self._step.interrupt()
                     return
 
@@ -293,14 +376,15 @@ def load_trainer(
     threads: int = 1,
     trials: Trials | None = None,
     max_resident_bytes: int = 1 << 62,
+    growth: "Growth | None" = None,
 ) -> Trainer:
     """A trainer on onnxruntime and the configured data.
 
     train_graph: the bytes that the header names. base: the configuration file's folder. trials: where
-    the plan is tried first; None for one that is trusted. The data come first: their mistakes are the
-    likelier ones, and cost less to find.
+    the plan is tried first; None for one that is trusted. growth: what sources of a directory of shards
+    share. The data come first: their mistakes are the likelier ones, and cost less to find.
     """
-    source = open_source(config, header, base=base)
+    source = open_source(config, header, base=base, growth=growth)
     trial = None
     if trials is not None:
         trial = trials.of(header, train_graph)

@@ -70,6 +70,9 @@ class _Remembered(msgspec.Struct, forbid_unknown_fields=True):
     max_resident_bytes: int
     threads: int
     sizes: list[int]
+    grown: dict[
+        int, int
+    ] = {}  # size of batch -> bytes; of trials that were remembered without: none
 
 
 class Trials:
@@ -133,7 +136,19 @@ class Trials:
             )
             went = _run(request, trial, ended)
             known.sizes = sorted({*known.sizes, *(step.size for step in went.steps)})
+            known.grown = {**known.grown, **{step.size: step.grown_bytes for step in went.steps}}
             self._save([*(e for e in remembered if not _same(e, entry)), known])
+
+    def need_bytes(self, trial: "PlanTrial", size: int) -> int | None:
+        """What training on batches of this size has yet to take of memory, going by its trial; None: not
+        known. What the process took since the plan was loaded it has taken already."""
+        allowed = self._allowed()
+        entry = _Remembered(trial.plan, VERSION, allowed.max_resident_bytes, allowed.threads, [])
+        known = next((e for e in self._load() if _same(e, entry)), entry)
+        if size not in known.grown:
+            return None
+        taken = max(0, self._resident() - trial.resident_before)
+        return max(0, known.grown[size] - taken)
 
     # -- memory -----------------------------------------------------------------------------------
 
@@ -219,6 +234,10 @@ class PlanTrial:
         usual = min(USUAL_BATCH, n_examples)
         wanted = [usual, *range(2, usual)] if usual > 1 else []
         self._trials.require(self, [1], wanted, lambda: False)
+
+    def need_bytes(self, size: int) -> int | None:
+        """Memory that training on batches of this size has yet to take; None: not known."""
+        return self._trials.need_bytes(self, size)
 
     def batches(self, batch_size: int, n_examples: int, stop: Callable[[], bool]) -> None:
         """Before training: steps on every size of batch that this work has go well."""

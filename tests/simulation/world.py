@@ -158,7 +158,7 @@ class _Trainer:
         self._machine, self._process = machine, process
 
     def train(
-        self, parameters: Flat, work: Work, *, clock: Any, rng: Any, stop: Any
+        self, parameters: Flat, work: Work, *, clock: Any, rng: Any, stop: Any, gate: Any
     ) -> TrainResult:
         chance = self._process.random
         if stop() or chance.random() < self._machine.spoiled:

@@ -66,6 +66,11 @@ class Verdict:
         decisive = self._sorted()
         return decisive[0].public if decisive and self.tell else UNTOLD
 
+    def and_over(self, line: str) -> "Verdict":
+        """A pause that is an end, and why."""
+        over = Reason(State.STOP, "pause", line, self._sorted()[0].public)
+        return Verdict(State.STOP, (*self.reasons, over), self.tell)
+
     def _sorted(self) -> list[Reason]:
         return sorted(self.reasons, key=lambda reason: -reason.state)
 
@@ -119,8 +124,7 @@ def judge(
     if state is State.PAUSE and moment.now_s - since >= conditions.max_pause_s:
         waited = moment.now_s - since
         line = f"paused for {waited:.0f} s (host.max_pause_s = {conditions.max_pause_s:g})"
-        decisive = max(reasons, key=lambda reason: reason.state)
-        reasons = (*reasons, Reason(State.STOP, "pause", line, decisive.public))
+        reasons = Verdict(state, reasons).and_over(line).reasons
         state = State.STOP
     stopped = reasons if state is State.STOP else ()
     return Verdict(state, reasons, tell), replace(
