@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import os
 import stat
 import sys
 from collections.abc import Iterable
@@ -12,112 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import psutil
 import pytest
 
 from covey_coordinator.run import Run
-from covey_device import home as home_module
-from covey_device.cache import BlobCache
-from covey_device.home import Home
-from covey_device.home_files import ModelDirectory, Sidecar, read_sidecar, verify
+from covey_device.home_files import Port, Sidecar, read_sidecar
+from covey_device.home_hook import run_hook
 from covey_device.policy import Policy
 from covey_shared import chunks, wire
-from covey_shared.messages import RoundCall, WantBlob
-from covey_shared.runtime import LocalModel
-from memory_fleet import TOPICS, Fleet, Seat, config, go, hasten
+from covey_shared.messages import RoundCall
+from homes import Settled, hasten_home, model_hashes, stepwise, wants, without_children
+from memory_fleet import TOPICS, Fleet, config, go
 from memory_transport import Delivery
-
-IMAGES = np.random.default_rng(5).random((7, 1, 8, 8), dtype=np.float32)
-MB = 1_000_000
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    hasten(monkeypatch)
-    monkeypatch.setattr(home_module, "SETTLE_S", 0.05)
-    monkeypatch.setattr(home_module, "RETRY_S", 0.2)
+    hasten_home(monkeypatch)
 
 
-class Settled:
-    """A fleet whose devices keep the model. Devices that are (re)booted keep it too."""
-
-    def __init__(self, fleet: Fleet, **options: Any) -> None:
-        self.fleet, self.options = fleet, options
-        self.kept: list[tuple[str, int]] = []
-
-    def move_in(self, *seats: Seat, **options: Any) -> None:
-        """As `assemble` does, for services that run already."""
-        for seat in seats or self.fleet.seats:
-            self._move_in(seat, self.options | options)
-
-    def _move_in(self, seat: Seat, options: dict[str, Any]) -> None:
-        service = seat.service
-        given: dict[str, Any] = {
-            "policy": Policy,
-            "room": lambda: (300 * MB, 30.0),
-            "rng": os.urandom,
-        }
-        home = Home(
-            self.directory(seat), self.fleet.trust, seat.name, seat.identity, **(given | options)
-        )
-        cache = BlobCache(seat.directory / "cache", 10**8, reserve_bytes=0)
-        service._cache = service._blobs._cache = cache
-        service.home = home
-        service._session.told = home.heard
-        home.on_kept = lambda: self.kept.append((seat.name, self.sidecar(seat).round))
-        service._spawn(service._tasks, home.run(service._blobs, lambda: service._session.round_id))
-
-    def directory(self, seat: Seat) -> ModelDirectory:
-        return ModelDirectory(seat.directory / "model", reserve_bytes=0)
-
-    def sidecar(self, seat: Seat) -> Sidecar:
-        folder = self.directory(seat).folder()
-        assert folder is not None
-        return read_sidecar(folder)
-
-    def has(self, seat: Seat, model: bytes) -> bool:
-        sidecar = self.directory(seat).sidecar()
-        return sidecar is not None and sidecar.model == model.hex()
-
-    async def everybody_has(self, model: bytes, *seats: Seat, timeout_s: float = 30.0) -> None:
-        wanted = seats or tuple(self.fleet.seats)
-        await self.fleet.until(lambda: all(self.has(seat, model) for seat in wanted), timeout_s)
-
-    def check(self, seat: Seat, model: Path) -> Sidecar:
-        """It predicts what the coordinator's own file does, and everything vouches for it."""
-        sidecar = verify(
-            self.directory(seat).folder() or Path(), self.fleet.trust, seat.name,
-            seat.identity.public,
-        )  # fmt: skip
-        here, there = seat.directory / "model" / "current.onnx", model
-        assert hashlib.sha256(here.read_bytes()).hexdigest() == sidecar.onnx
-        ours, theirs = (LocalModel(p.read_bytes(), p.name).predict(IMAGES) for p in (here, there))
-        assert np.array_equal(ours, theirs)
-        return sidecar
-
-
-def wants(fleet: Fleet, name: str) -> list[bytes]:
-    """Blobs that a device asked for, in order."""
-    return [
-        wire.decode_as(WantBlob, payload).message.blob
-        for sender, topic, payload in fleet.network.log
-        if sender == name and topic == TOPICS.outbox(name) and payload[1] == WantBlob.CODE
-    ]
-
-
-def stepwise(fleet: Fleet, settled: Settled) -> None:
-    """From now on no round is called before everybody has the model of the one before."""
-    real = fleet.coordinator._enough_present
-
-    async def patient(run: Run, stop: asyncio.Event | None) -> None:
-        if run.index > 1:
-            await settled.everybody_has(run.model_digest)
-            for seat in fleet.seats:
-                settled.check(seat, run.directory.path / "model.onnx")
-        await real(run, stop)
-
-    fleet.coordinator._enough_present = patient  # type: ignore[method-assign]
+@pytest.fixture
+def childless(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_children(monkeypatch)
 
 
 def test_after_each_round_every_device_has_the_coordinators_model(tmp_path: Path):
@@ -154,16 +69,7 @@ def test_after_each_round_every_device_has_the_coordinators_model(tmp_path: Path
     go(scenario())
 
 
-def model_hashes(fleet: Fleet) -> dict[int, bytes]:
-    """Of each round's call."""
-    calls = [
-        wire.decode_as(RoundCall, payload).message
-        for sender, topic, payload in fleet.network.log
-        if topic == TOPICS.round and payload
-    ]
-    return {call.round: call.model for call in calls}
-
-
+@pytest.mark.usefixtures("childless")
 def test_who_is_not_chosen_or_trains_nothing_has_the_model_too(tmp_path: Path):
     """Five devices for three places, one of which takes part in no round at all; and one that comes later."""
 
@@ -211,6 +117,7 @@ def _exported(directory: Path, run: Run) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("childless")
 def test_a_plan_that_the_owner_does_not_allow_is_not_fetched(tmp_path: Path):
     async def scenario() -> None:
         async with Fleet(tmp_path, 4) as fleet:
@@ -232,6 +139,7 @@ def test_a_plan_that_the_owner_does_not_allow_is_not_fetched(tmp_path: Path):
 # -- lies ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("childless")
 def test_a_broker_that_serves_other_bytes_gets_nothing_kept(tmp_path: Path):
     """Every chunk of the next model has a bit flipped, until the broker gives up lying."""
 
@@ -273,6 +181,7 @@ def _sha256(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
+@pytest.mark.usefixtures("childless")
 def test_old_rounds_played_back_and_words_of_others_change_nothing(tmp_path: Path):
     async def scenario() -> None:
         async with Fleet(tmp_path) as fleet:
@@ -315,6 +224,7 @@ def test_old_rounds_played_back_and_words_of_others_change_nothing(tmp_path: Pat
 # -- what the process and the disk do ----------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("childless")
 def test_a_device_that_dies_before_it_has_the_model_fetches_it_when_it_is_back(tmp_path: Path):
     """And goes on where it was, with a directory whose file was damaged meanwhile."""
 
@@ -354,6 +264,7 @@ def test_a_device_that_dies_before_it_has_the_model_fetches_it_when_it_is_back(t
     go(scenario())
 
 
+@pytest.mark.usefixtures("childless")
 def test_a_full_disk_costs_the_new_model_and_nothing_else(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -385,6 +296,8 @@ def test_a_full_disk_costs_the_new_model_and_nothing_else(
 
 # -- the owner's command ---------------------------------------------------------------------------
 
+PORT = Port(name="x", type="float32", shape=(1,))
+
 SAY = """
 import json, os, sys
 print("environment", json.dumps(dict(os.environ)))
@@ -392,6 +305,7 @@ print("here", os.getcwd(), sys.argv[1:])
 """
 
 
+@pytest.mark.usefixtures("childless")
 def test_the_hook_is_run_on_each_new_model_and_told_which(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
@@ -451,28 +365,25 @@ def test_the_hook_is_run_on_each_new_model_and_told_which(
 def test_a_hook_that_misbehaves_is_bounded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, program: str, told: str
 ):
-    """Rounds go on meanwhile; its output in the log is short, and it leaves nothing running."""
+    """Its output in the log is short, and it leaves nothing running."""
     mark = f"# {tmp_path.name}"
-    hook = (sys.executable, "-c", f"{mark}\n{program}")
-
-    async def scenario() -> None:
-        async with Fleet(tmp_path) as fleet:
-            settled, seat = Settled(fleet), fleet.seats[0]
-            settled.move_in(seat, hook=hook, hook_seconds=1.0)
-            state = await fleet.play(fleet.run(config(rounds=1)))
-            assert state.rounds_completed == 1
-            await settled.everybody_has(fleet.run().model_digest, seat)
-            await fleet.until(lambda: told in caplog.text)
-
+    sidecar = Sidecar(
+        fleet="f", device="d", run="r", round=7, plan_name="p", plan="0" * 64, model="0" * 64,
+        onnx="0" * 64, size=1, input=PORT, output=PORT, loss="mse", classes=None, written_unix=0,
+        before=None, round_call=b"", result=None,
+    )  # fmt: skip
     with caplog.at_level(logging.INFO, logger="covey.device"):
-        go(scenario())
-    assert sum(len(r.getMessage()) for r in caplog.records if "the hook" in r.getMessage()) < 9000
+        go(run_hook((sys.executable, "-c", f"{mark}\n{program}"), 0.7, tmp_path, sidecar))
+    assert told in caplog.text
+    assert "of round 7" in caplog.text
+    assert sum(len(record.getMessage()) for record in caplog.records) < 9000
     left = [
         p for p in psutil.process_iter(["cmdline"]) if mark in " ".join(p.info["cmdline"] or [])
     ]
     assert left == []
 
 
+@pytest.mark.usefixtures("childless")
 def test_a_hook_that_cannot_be_run_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     async def scenario() -> None:
         async with Fleet(tmp_path) as fleet:
@@ -485,6 +396,7 @@ def test_a_hook_that_cannot_be_run_is_told(tmp_path: Path, caplog: pytest.LogCap
         go(scenario())
 
 
+@pytest.mark.usefixtures("childless")
 def test_a_hook_that_was_cut_short_is_run_again_and_once(tmp_path: Path):
     """The process dies while it runs; the next one runs it, and the one after that does not."""
     ran = tmp_path / "ran"
