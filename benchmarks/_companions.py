@@ -47,6 +47,7 @@ async def serve(configs: list[Path]) -> None:
         service.preparation._pool = training
         service.preparation.make_trainer = _trainer
         service._audit = service._cache = service._blobs._cache = None
+        service.care = service.port = None  # no device minds how busy it makes the machine
         await service.start()
         services.append(service)
     await stop.wait()

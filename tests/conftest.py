@@ -11,6 +11,14 @@ from processes import start
 __all__ = ["broker", "broker_kind", "brokers", "start"]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_test_hangs_on_this_machines_fan() -> Iterator[None]:
+    """Devices under test do not mind what machine they are on, unless a test gives them one."""
+    os.environ["COVEY_HOST_ROOT"] = "/nonexistent"
+    yield
+    del os.environ["COVEY_HOST_ROOT"]
+
+
 @pytest.fixture(autouse=True)
 def umask_is_this_tests_own() -> Iterator[None]:
     """The device's commands set it for their process, which here is that of all tests."""

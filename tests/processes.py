@@ -24,6 +24,7 @@ COVEY_DEVICE = [sys.executable, "-c", "from covey_device.cli import main; main()
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("COVEY_")} | {
     "COLUMNS": "200",
     "PYTHONUNBUFFERED": "1",
+    "COVEY_HOST_ROOT": "/nonexistent",  # what machine this is, is no matter
 }
 
 
@@ -59,13 +60,17 @@ class Child:
     def text(self) -> str:
         return "\n".join(self.lines)
 
-    def until(self, pattern: str) -> re.Match[str]:
+    def until(self, pattern: str, wait_s: float = WAIT_S) -> re.Match[str]:
         """Wait for a line."""
 
         def found() -> re.Match[str] | None:
             return re.search(pattern, self.text, re.MULTILINE)
 
-        wait(lambda: found() is not None or self._process.poll() is not None, lambda: self.text)
+        wait(
+            lambda: found() is not None or self._process.poll() is not None,
+            lambda: self.text,
+            wait_s,
+        )
         match = found()
         assert match is not None, f"{pattern!r} never came:\n{self.text}"
         return match
@@ -90,8 +95,10 @@ class Child:
         self._process.wait(WAIT_S)
 
 
-def wait(true: Callable[[], bool], told: Callable[[], str] = lambda: "") -> None:
-    until = time.monotonic() + WAIT_S
+def wait(
+    true: Callable[[], bool], told: Callable[[], str] = lambda: "", wait_s: float = WAIT_S
+) -> None:
+    until = time.monotonic() + wait_s
     while not true():
         assert time.monotonic() < until, f"waited too long; so far:\n{told()}"
         time.sleep(0.02)

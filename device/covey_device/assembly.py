@@ -12,9 +12,15 @@ from pathlib import Path
 from covey_device import config as configuration
 from covey_device import tls
 from covey_device.audit import Audit, AuditLog
-from covey_device.cache import BlobCache
+from covey_device.budget import resident_bytes
+from covey_device.cache import RESERVE_BYTES, BlobCache
 from covey_device.config import BrokerConfig, DeviceConfig, PolicyFile
-from covey_device.data.config import CsvData, IdxData, NpyData, NpzData, PythonData
+from covey_device.data.config import CsvData, IdxData, NpyData, NpzData, PythonData, ShardsData
+from covey_device.home import Home
+from covey_device.home_files import ModelDirectory
+from covey_device.host.care import Care, care_of
+from covey_device.host.port import FILE as SOCKET
+from covey_device.host.port import LocalPort, directory_of
 from covey_device.keystore import (
     MemoryFile,
     certificate_end,
@@ -125,6 +131,7 @@ def concerns(parts: DeviceParts, now_unix: float) -> list[str]:
         NpyData: ("features", "labels"),
         IdxData: ("features", "labels"),
         PythonData: (),
+        ShardsData: ("directory",),
     }[type(data)]
     for key in files:
         path = parts.base / getattr(data, key)
@@ -150,6 +157,43 @@ def cache_of(parts: DeviceParts) -> BlobCache | None:
         return None
     cache.tidy()
     return cache
+
+
+def home_of(parts: DeviceParts) -> Home | None:
+    """What keeps the model for this device's own applications; None if its owner wants none."""
+    config = parts.config
+    if not config.model.keep:
+        return None
+    policy = parts.policy
+
+    def room() -> tuple[int, float]:
+        limits = policy.current.limits
+        free = limits.max_memory_mb * 1_000_000 - resident_bytes()
+        return free, min(limits.trial_seconds, limits.max_seconds)
+
+    return Home(
+        ModelDirectory(config.model_directory(parts.base), reserve_bytes=RESERVE_BYTES),
+        parts.trust,
+        DeviceId(config.device),
+        parts.identity,
+        policy=lambda: policy.current.policy,
+        room=room,
+        rng=os.urandom,
+        hook=config.model.hook,
+        hook_seconds=config.model.hook_seconds,
+    )
+
+
+def port_of(parts: DeviceParts, service: DeviceService, care: Care) -> LocalPort:
+    """The local socket of a service."""
+    return LocalPort(
+        directory_of(parts.base / parts.config.state) / SOCKET,
+        care.waits,
+        status=service.facts,
+        explain=service.decisions,
+        heeds=lambda: care.heeds_programs,
+        clock=care.clock,
+    )
 
 
 def steady_clock() -> Callable[[], float]:
@@ -234,6 +278,9 @@ def assemble(parts: DeviceParts) -> DeviceService:
         audit=audit_of(parts),
         cache=cache_of(parts),
     )
+    service.home = home_of(parts)
+    service.care = care = care_of(policy, parts.base / config.state, os.environ)
+    service.port = port_of(parts, service, care)
     service.present = present = Present(memory.signed_unix)
     if isinstance(parts.tls, tls.PinnedContext):
         parts.tls.clock = lambda: present.surely_unix

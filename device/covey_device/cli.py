@@ -12,6 +12,11 @@ from typing import Any
 import click
 
 from covey_device.audit_command import audit
+from covey_device.doctor_command import doctor
+from covey_device.installation.commands import install_service, join, uninstall
+from covey_device.model_command import model, predict
+from covey_device.owner import as_owner
+from covey_device.status_command import explain, status
 from covey_shared import __version__
 from covey_shared.errors import ConfigError, CoveyError
 
@@ -57,6 +62,14 @@ def main() -> None:
 
 
 main.add_command(audit)
+main.add_command(status)
+main.add_command(explain)
+main.add_command(doctor)
+main.add_command(join)
+main.add_command(install_service)
+main.add_command(uninstall)
+main.add_command(model)
+main.add_command(predict)
 
 
 @main.command(short_help="Serve until stopped.")
@@ -69,57 +82,8 @@ def run(config_path: Path, verbose: bool) -> None:
         format="%(asctime)s %(message)s",
         datefmt="%H:%M:%S",
     )
+    as_owner(config_path)
     asyncio.run(_serve(config_path))
-
-
-@main.command(short_help="Join a fleet, with a token of its coordinator.")
-@click.argument("token")
-@config_option
-@click.option(
-    "--data",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The device's .npz file; otherwise set [data] in its device.toml.",
-)
-@click.option(
-    "--expect-ca",
-    metavar="FINGERPRINT",
-    help="Join only a fleet whose CA has this fingerprint.",
-)
-@click.option("--force", is_flag=True, help="Replace an enrolment that is there.")
-def join(
-    token: str, config_path: Path, data: Path | None, expect_ca: str | None, force: bool
-) -> None:
-    """Join a fleet with the TOKEN that `covey device token` printed: make this device's keys, have them
-    certified, write device.toml. TOKEN may be - to be read from standard input."""
-    from covey_device import enrol
-    from covey_shared.enrolment import decode_token
-    from covey_shared.keys import in_groups
-
-    if token == "-":  # noqa: S105  (no secret: where it is read from)
-        hidden = sys.stdin.isatty()
-        token = click.prompt("token", hide_input=True) if hidden else sys.stdin.readline()
-    joined = enrol.join(
-        decode_token(token),
-        config_path,
-        data=data,
-        expect_ca=None if expect_ca is None else enrol.expected_ca(expect_ca),
-        force=force,
-    )
-    click.echo(f"joined fleet {joined.fleet} as {joined.device}")
-    click.echo(f"fleet CA: {in_groups(joined.fleet_ca)}")
-    click.echo(f"identity: {in_groups(joined.identity)}")
-    click.echo(f"keys and certificates: {joined.keys}, for this user alone")
-    click.echo(f"configuration: {joined.config}")
-    if joined.kept is not None:
-        click.echo(f"the configuration before is in {joined.kept}; its keys are where they were")
-    if joined.waiting:
-        click.echo(
-            "waiting: the fleet CA, on another machine, has yet to sign this device's identity; tell "
-            "your operator to run `covey ca sign`. Until then this device takes part in no round, and "
-            "covey-device run asks again by itself"
-        )
-    there = "" if joined.data_there else f"put the data into {joined.data}, or set [data], then "
-    click.echo(f"next: {there}covey-device run --config {joined.config}")
 
 
 @main.command(short_help="Renew the certificates now.")
@@ -131,6 +95,7 @@ def renew(config_path: Path, if_due: bool) -> None:
     from covey_device.renewal import WAITS
     from covey_device.renewal import renew as renew_now
 
+    as_owner(config_path)
     report = renew_now(config_path, now_unix=time.time(), anyway=not if_due)
     click.echo(f"renewed: {' and '.join(report.renewed) or 'nothing'}")
     due = time.strftime("%Y-%m-%d", time.gmtime(report.due_unix))
@@ -150,6 +115,7 @@ def check(config_path: Path) -> None:
     from covey_shared.keys import in_groups
     from covey_shared.mqtt import parse_broker_url
 
+    as_owner(config_path)
     parts = load_device(config_path)
     click.echo(f"device {parts.config.device} of fleet {parts.config.fleet}")
     click.echo(f"identity: {in_groups(parts.identity.public)}")
@@ -168,22 +134,28 @@ def check(config_path: Path) -> None:
 
 
 async def _serve(config_path: Path) -> None:
-    from covey_device.footprint import keep_small
+    from covey_device.footprint import give_back, keep_small
 
     keep_small()
     from covey_device.assembly import assemble, concerns, load_device
+    from covey_device.ceiling import bound_to_policy
+    from covey_device.liveness import Supervised, supervisor
     from covey_shared.mqtt import parse_broker_url
 
     parts = load_device(config_path)
     with parts.memory.held():
         service = assemble(parts)
+        service.give_back = give_back
+        service.on_policy = bound_to_policy
+        log.info("%s: %s", parts.config.device, bound_to_policy(parts.policy.current))
         config = parts.config
+        supervised = Supervised(service, supervisor())
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
         # With a terminal it means that this was closed, and without one what it means to services.
-        hung_up = stop.set if sys.stderr.isatty() else service.policy_may_have_changed
+        hung_up = stop.set if sys.stderr.isatty() else supervised.reload
         loop.add_signal_handler(signal.SIGHUP, hung_up)
         log.info(
             "%s of fleet %s: broker %s; Ctrl-C stops",
@@ -191,5 +163,5 @@ async def _serve(config_path: Path) -> None:
         )  # fmt: skip
         for concern in concerns(parts, time.time()):
             log.warning("%s: %s", config.device, concern)
-        await service.run(stop)
+        await supervised.run(stop, f"starts; broker {parse_broker_url(config.broker.url)}")
         log.info("%s: stopped", config.device)

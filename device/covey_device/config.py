@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from covey_device.data import DataConfig
+from covey_device.host.config import HostConfig
 from covey_device.policy import MAX_ROUNDS_PER_DAY, Policy
 from covey_shared import config
 from covey_shared.config import Config, FileName, HexKey, Name, PositiveInt, Seconds
@@ -113,6 +114,7 @@ class PolicyConfig(Config, frozen=True):
     plans: Annotated[tuple[PlanHex, ...], Meta(min_length=1)] | None = None
     owners: Annotated[tuple[HexKey, ...], Meta(min_length=1)] | None = None
     limits: LimitsConfig = LimitsConfig()
+    host: HostConfig = HostConfig()
 
     @property
     def policy(self) -> Policy:
@@ -155,6 +157,7 @@ class PolicyConfig(Config, frozen=True):
             f"{limits.max_memory_mb:,} MB"
         )
         lines.append(f"tries a plan it has not seen for at most {limits.trial_seconds:g} seconds")
+        lines += self.host.in_words()
         return lines
 
 

@@ -10,9 +10,12 @@ import contextlib
 import errno
 import logging
 import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import msgspec
 
 from covey_device.actions import (
     Action,
@@ -33,13 +36,18 @@ from covey_device.actions import (
 from covey_device.audit import Audit
 from covey_device.blobs import BlobFetcher, Ranges
 from covey_device.cache import BlobCache
-from covey_device.config import PolicyFile
+from covey_device.config import PolicyConfig, PolicyFile
+from covey_device.footprint import ENGINE
+from covey_device.home import Home
+from covey_device.host.care import Care
+from covey_device.host.eligibility import State
+from covey_device.host.port import LocalPort
 from covey_device.keystore import MemoryFile
 from covey_device.preparation import Preparation, TrainerFactory, tamed
 from covey_device.present import Present
 from covey_device.renewal import Renewal
 from covey_device.session import Session
-from covey_device.trainer import Work
+from covey_device.trainer import OPEN, Work
 from covey_device.unfinished import Unfinished
 from covey_device.uploads import Uploads
 from covey_shared import wire
@@ -50,10 +58,19 @@ from covey_shared.errors import (
     LocalProtocolError,
     RemoteProtocolError,
     StorageError,
+    TrainingError,
     TransportError,
 )
 from covey_shared.keys import Rng, SigningKey, uniform
-from covey_shared.messages import Decline, DeviceId, Head, Message, RoundCall, WantBlob
+from covey_shared.messages import (
+    Decline,
+    DeviceId,
+    Head,
+    Message,
+    RoundCall,
+    WantBlob,
+    for_display,
+)
 from covey_shared.runtime import OUT_OF_MEMORY
 from covey_shared.topics import OFFLINE, ONLINE, Topics
 from covey_shared.transport import Incoming, Transport
@@ -73,6 +90,9 @@ MAX_OUTBOX = 256
 plays old messages back, each of which is answered again, gets no further."""
 
 GOODBYE_S = 2.0
+
+REST_AFTER_S = 3.0
+"""After a round's end. Rounds that follow each other sooner find everything as it was."""
 
 METRICS = ("loss",)
 """What rides along with an update, masked like it: the mean training loss."""
@@ -117,7 +137,7 @@ class DeviceService:
         self._rng = rng
         self._pool, self._train_pool = pool, train_pool
         self._lock = asyncio.Lock()
-        self._inbox: asyncio.Queue[Incoming] = asyncio.Queue()
+        self._inbox: asyncio.Queue[Incoming | asyncio.Future[None]] = asyncio.Queue()
         self._inbox_bytes = 0
         self._flooded = False
         self._late = False  # the last call was retained: it may have come long ago
@@ -128,6 +148,8 @@ class DeviceService:
         self._round_tasks: set[asyncio.Task[None]] = set()
         self._stop_training = threading.Event()
         self._training = asyncio.Lock()
+        self._lasting: list[asyncio.Task[None]] = []
+        self._tired = asyncio.Event()  # something was done that leaves memory behind
         self._uploads = Uploads(self._send_frame)
         self._cache = cache
         self._blobs = BlobFetcher(transport, self._topics, self._ask, cache=cache, pool=pool)
@@ -136,11 +158,25 @@ class DeviceService:
         )
         self._blob_prefix = self._topics.blob(b"")
         self.on_ended: Callable[[Ended], None] = lambda ended: None
+        self.on_policy: Callable[[PolicyConfig], object] = lambda policy: None
+        """Told when the owner's policy has changed."""
         self.on_status: Callable[[str], None] = lambda line: None
         """Told in one line what this device is at, whenever that changes. Called in the event loop."""
         self._status = ""
         self.present = Present()
         """Told of each time that the coordinator signs in a manifest."""
+        self.give_back: Callable[[str], None] | None = None
+        """Returns memory to the system, for a process that is one device: called when it has nothing to do,
+        with "" after the start and the computing library's name after rounds (see `footprint`)."""
+        self.care: Care | None = None
+        """For the machine it runs on. Without it a device takes part whatever becomes of its host."""
+        self.port: LocalPort | None = None
+        """The local socket, opened and closed with the service."""
+        self._since_unix = time.time()
+        self._counts = {"called": 0, "contributed": 0, "batches": 0}
+        self._last: dict[str, Any] | None = None
+        self.home: Home | None = None
+        """Keeps the model for this device's own applications."""
         self.renewal: Renewal | None = None
         """Looks after the certificates of a device that was enrolled with a token."""
 
@@ -155,7 +191,21 @@ class DeviceService:
             await self.close()
 
     async def start(self) -> None:
-        """Connect, and go on connecting; returns at once."""
+        """Connect, and go on connecting; returns at once. Raises ConfigError if another service has the
+        local socket."""
+        if self.port is not None:
+            try:
+                await self.port.open()
+            except StorageError as error:
+                log.warning("%s: %s; the service goes on without it", self.device, error)
+        if self.care is not None:
+            loop = asyncio.get_running_loop()
+
+            def changed() -> None:
+                with contextlib.suppress(RuntimeError):  # of a loop that has ended meanwhile
+                    loop.call_soon_threadsafe(self._tell_status)
+
+            self.care.on_change = changed
         topics = self._topics
         if (policy := self._policy) is not None:
             await self._told(lambda audit: audit.policy(policy.current.facts()))
@@ -167,9 +217,13 @@ class DeviceService:
             await self._told(lambda audit: audit.resumed(unfinished))
         await self.transport.start(self._on_message, self._on_connected, self._on_disconnected)
         await self.transport.subscribe(topics.round, topics.all, topics.inbox(self.device))
-        self._spawn(self._tasks, self._work())
-        self._spawn(self._tasks, self._send())
+        self._lasting = [self._spawn(self._tasks, work) for work in (self._work(), self._send())]
         self._spawn(self._tasks, self._say_online())
+        if self.give_back is not None:
+            self._spawn(self._tasks, self._rest(self.give_back))
+        if (home := self.home) is not None:
+            self._session.told, home.on_kept = home.heard, self._tired.set
+            self._spawn(self._tasks, home.run(self._blobs, lambda: self._session.round_id))
         if self.renewal is not None:
             self._spawn(self._tasks, self.renewal.run())
         self._tell_status()
@@ -187,12 +241,25 @@ class DeviceService:
                     await self.transport.publish(
                         self._topics.presence(self.device), OFFLINE, retain=True
                     )
+        if self.port is not None:
+            await self.port.close()
+        if self.care is not None:
+            await self._in_thread(self._pool, self.care.decisions.flush)
         await self.transport.stop(graceful=graceful)
         if graceful and tasks:
             # One that renews has a process to end.
             await asyncio.wait(tasks, timeout=GOODBYE_S)
 
-    def _spawn(self, group: set[asyncio.Task[None]], work: Awaitable[None]) -> None:
+    async def beat(self) -> None:
+        """Returns once all that a message goes through has worked: the inbox, the worker, the thread of
+        the protocol. Raises LocalProtocolError if what serves has ended."""
+        if any(task.done() for task in self._lasting):
+            raise LocalProtocolError("a part of the service has ended")
+        passed = asyncio.get_running_loop().create_future()
+        self._inbox.put_nowait(passed)
+        await passed
+
+    def _spawn(self, group: set[asyncio.Task[None]], work: Awaitable[None]) -> asyncio.Task[None]:
         async def guarded() -> None:
             try:
                 await work
@@ -209,6 +276,7 @@ class DeviceService:
         task = asyncio.ensure_future(guarded())
         group.add(task)
         task.add_done_callback(done)
+        return task
 
     # -- the network ------------------------------------------------------------------------------
 
@@ -246,6 +314,18 @@ class DeviceService:
             self._here.clear()
             await self.transport.publish(self._topics.presence(self.device), ONLINE, retain=True)
 
+    async def _rest(self, give_back: Callable[[str], None]) -> None:
+        """Some time after the start and after each round, if there is no other by then."""
+        library = ""
+        while True:
+            await asyncio.sleep(REST_AFTER_S)
+            if self._session.round_id is None and not self._training.locked():
+                self.preparation.rest(model=self._cache is not None)
+                await self._in_thread(self._pool, lambda library=library: give_back(library))  # type: ignore[misc]
+                library = ENGINE
+            await self._tired.wait()
+            self._tired.clear()
+
     def _on_disconnected(self, reason: str) -> None:
         self._connected = False
         log.warning("%s: %s", self.device, reason)
@@ -258,7 +338,60 @@ class DeviceService:
         round_id = self._session.round_id
         if round_id is None:
             return f"{where}waiting for a round"
+        if self.care is not None and (why := self.care.paused) and self._training.locked():
+            return f"{where}round {round_id}: training paused: {why}"
         return f"{where}round {round_id}: {self._session.phase.value}"
+
+    async def facts(self) -> dict[str, Any]:
+        """All there is to know of this device now, as JSON can hold it: for its owner."""
+        facts: dict[str, Any] = {
+            "device": str(self.device),
+            "fleet": self._fleet,
+            "running": True,
+            "since_unix": self._since_unix,
+            "connected": self._connected,
+            "line": self.status_line,
+            "phase": self._session.phase.value,
+            "round": self._session.round_id,
+            "last": self._last,
+            **self._counts,
+        }
+        if (care := self.care) is not None:
+            training = self._training.locked()
+            # Not among the protocol's threads: a sensor may take its time, and so may the protocol.
+            facts["host"] = await asyncio.to_thread(lambda: care.facts(training=training))
+        return facts
+
+    async def decisions(self) -> list[dict[str, Any]]:
+        """What was decided and why, the oldest first."""
+        found = [] if self.care is None else self.care.decisions.all()
+        return [dict(msgspec.to_builtins(decision)) for decision in found]
+
+    async def _decided(self, ended: Ended) -> None:
+        """Keep for the owner how a round ended for this device."""
+        self._counts["contributed"] += ended.contributed
+        self._last = {
+            "round": ended.round_id,
+            "outcome": for_display(ended.outcome),
+            "contributed": ended.contributed,
+            "at_unix": time.time(),
+        }
+        if (care := self.care) is None:
+            return
+        told = {d.what for d in care.decisions.all() if d.round == ended.round_id}
+        what, why = "was not in the sum", ended.outcome
+        if ended.contributed:
+            what, why = "took part", "its update is in the sum"
+        elif told - {"paused", "resumed", "ended early"}:
+            return  # why, was said when it was decided
+        elif why.startswith("declined: "):
+            what, why = "declined", why.removeprefix("declined: ")
+        await self._in_thread(self._pool, lambda: care.decisions.add(what, why, ended.round_id))
+
+    async def _refused(self, round_id: int, what: str, problem: str) -> None:
+        self._trouble(round_id, problem)
+        if (care := self.care) is not None:
+            await self._in_thread(self._pool, lambda: care.decisions.add(what, problem, round_id))
 
     def _tell_status(self) -> None:
         line = self.status_line
@@ -278,6 +411,11 @@ class DeviceService:
     async def _work(self) -> None:
         while True:
             incoming = await self._inbox.get()
+            if isinstance(incoming, asyncio.Future):
+                await self._do(list)
+                if not incoming.done():  # nobody waits for it any more
+                    incoming.set_result(None)
+                continue
             data = incoming.payload
             self._inbox_bytes -= len(data) + _MESSAGE_OVERHEAD_BYTES
             self._flooded = self._flooded and bool(self._inbox_bytes)
@@ -317,10 +455,6 @@ class DeviceService:
                     await self.perform(action)
         log.debug("%s: dropped %d actions", self.device, len(dropped))
 
-    def policy_may_have_changed(self) -> None:
-        """Read it again soon, changed or not: for a signal's handler, which cannot wait."""
-        self._spawn(self._tasks, self.reload_policy(anyway=True))
-
     async def reload_policy(self, *, anyway: bool = False) -> None:
         """Read the owner's policy again if it changed, or `anyway`; it holds from the next round on."""
         if self._policy is None:
@@ -334,6 +468,7 @@ class DeviceService:
             return
         log.info("%s: %s was read again", self.device, policy.path)
         self._session.policy = policy.current.policy
+        self.on_policy(policy.current)
         await self._told(lambda audit: audit.policy(policy.current.facts()))
 
     async def recertify(self, certificate: bytes) -> None:
@@ -408,6 +543,7 @@ class DeviceService:
                 if (memory_file := self._memory) is not None:
                     await self._in_thread(self._pool, memory_file.forget)
             case Fetch(call):
+                self._counts["called"] += 1
                 # What an earlier round still fetched or uploaded is of no use any more.
                 self._stop_training.set()
                 for task in self._round_tasks:
@@ -433,7 +569,11 @@ class DeviceService:
                     self.renewal.seen(issued_unix)
                     self.renewal.wanted()
             case Ended():
+                self._tired.set()
+                if self.home is not None:
+                    self.home.ended(action.round_id)
                 log.info("%s: round %d: %s", self.device, action.round_id, action.outcome)
+                await self._decided(action)
                 self.on_ended(action)
 
     async def _keep(self, unfinished: Unfinished) -> None:
@@ -502,17 +642,24 @@ class DeviceService:
     async def _fetch(self, call: RoundCall, wait_s: float) -> None:
         if wait_s > 0:
             await asyncio.sleep(wait_s)
+        if (care := self.care) is not None:
+            verdict = await self._in_thread(self._pool, lambda: care.called(call.round))
+            if verdict.state is not State.GO:
+                log.info("%s: round %d: not now: %s", self.device, call.round, verdict.line)
+                self._trouble(call.round, verdict.line)
+                await self._do(lambda: self._session.leave(call.round, verdict.public))
+                return
         try:
             header = await self.preparation.fetch(call)
         except CoveyError as error:
             log.warning("%s: round %d: %s", self.device, call.round, error)
-            self._trouble(call.round, str(error))
+            await self._refused(call.round, "declined", str(error))
             reason = error.public
             await self._do(lambda: self._session.leave(call.round, reason))
             return
         except Exception as error:
             # A data source is the owner's own code: whatever it does costs this round and no more.
-            self._trouble(call.round, f"{type(error).__name__}: {error}")
+            await self._refused(call.round, "declined", f"{type(error).__name__}: {error}")
             log.exception("%s: round %d: cannot prepare", self.device, call.round)
             reason = CoveyError.public
             await self._do(lambda: self._session.leave(call.round, reason))
@@ -523,12 +670,22 @@ class DeviceService:
         await self._do(lambda: self._session.ready(call.round, prepared))
 
     async def _train(self, round_id: int, head: Head, stop: threading.Event) -> None:
-        preparation = self.preparation
+        preparation, care = self.preparation, self.care
+        gate = None if care is None else care.gate(round_id)
         try:
             async with self._training:  # one at a time: an earlier round's may be stopping still
                 result = await self._in_thread(
-                    self._train_pool, tamed(lambda: preparation.train(head, stop.is_set))
+                    self._train_pool,
+                    tamed(lambda: preparation.train(head, stop.is_set, gate or OPEN)),
                 )
+            self._tell_status()
+            self._counts["batches"] += result.batches
+            if result.stopped_by == "host":
+                preparation.plan = None  # what it holds of memory may be why
+            if care is not None:
+                costs = await self._in_thread(self._train_pool, care.may_upload)
+                if costs.state is not State.GO:
+                    raise TrainingError(f"the update stays here: {costs.line}", public=costs.public)
             log.info(
                 "%s: round %d: trained %d batches in %.1f s (ended by %s)",
                 self.device, round_id, result.batches, result.seconds, result.stopped_by,
@@ -541,14 +698,16 @@ class DeviceService:
         except (CoveyError, MemoryError) as error:
             problem = str(error) or "out of memory"
             log.warning("%s: round %d: %s", self.device, round_id, problem)
-            self._trouble(round_id, problem)
+            await self._refused(round_id, "gave no update", problem)
             reason = error.public if isinstance(error, CoveyError) else OUT_OF_MEMORY
-            if isinstance(error, DataError) or reason == OUT_OF_MEMORY:
+            unfit = gate is not None and gate.ended is not None
+            if isinstance(error, DataError) or reason == OUT_OF_MEMORY or unfit:
                 # The source is opened anew, as its files may have changed; what a plan holds of memory
                 # is given back.
                 preparation.plan = None
         except Exception as error:
-            self._trouble(round_id, f"{type(error).__name__}: {error}")
+            await self._refused(round_id, "gave no update", f"{type(error).__name__}: {error}")
             log.exception("%s: round %d: cannot train", self.device, round_id)
             reason = CoveyError.public
+        self._tell_status()
         await self._do(lambda: self._session.training_failed(round_id, reason))

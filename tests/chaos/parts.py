@@ -17,6 +17,7 @@ TESTS = Path(__file__).resolve().parents[1]
 COVEY = [sys.executable, "-c", "from covey_coordinator.cli import main; main()"]
 COVEY_DEVICE = [sys.executable, "-c", "from covey_device.cli import main; main()"]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("COVEY_")} | {
+    "COVEY_HOST_ROOT": "/nonexistent",  # what machine this is, is no matter
     "COLUMNS": "200",
     "PYTHONUNBUFFERED": "1",
     "COVEY_DEBUG": "1",

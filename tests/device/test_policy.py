@@ -314,6 +314,8 @@ def test_what_holds_is_said_in_words():
         "runs any plan of the coordinator",
         "trains at most 10,000 batches and 600 seconds a round, on 1 thread, within 400 MB",
         "tries a plan it has not seen for at most 60 seconds",
+        "trains below 70 C, pauses from 75 C on, ends from 80 C on; leaves others 64 MB of memory",
+        "does not train while throttled, on battery or on a metered network",
     ]
     strict = PolicyConfig(
         rounds_per_day=24, plans=("ab" * 32,), owners=("1" * 64, "2" * 64, "3" * 64)
