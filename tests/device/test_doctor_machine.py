@@ -406,20 +406,24 @@ assert sys.argv[3] != "full" or sorted(place.iterdir()) == before
 """
 
 
+def may_mount() -> bool:
+    """Whether this machine lets us mount a small disk. What it does to a check, the errors above do too."""
+    tried = ["unshare", "-Urm", "mount", "-t", "tmpfs", "none", "/mnt"]
+    return subprocess.run(tried, capture_output=True).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("options", "state", "says"),
     [
         ("size=4m", "full", "is full: 1 MB could not be written. Fix: free some space there"),
         ("ro,size=4m", "empty", "is read-only. Fix: look for errors of the card"),
-    ],
+    ]
+    if may_mount()
+    else [],
 )
 def test_a_real_file_system_that_is_full_or_read_only(
     tmp_path: Path, options: str, state: str, says: str
 ):
-    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode != 0:
-        from prerequisites import missing
-
-        missing("unprivileged mounts are not allowed on this machine")
     done = subprocess.run(
         ["unshare", "-Urm", sys.executable, "-c", MOUNTED, tmp_path, options, state],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},

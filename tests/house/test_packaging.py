@@ -80,6 +80,8 @@ def test_the_wheel_holds_the_four_packages_and_the_demos_plans(wheel: zipfile.Zi
     for model in ("mlp", "cnn"):
         for file in ("plan.json", "train.onnx", "eval.onnx", "infer.onnx", "initial.bin"):
             assert f"covey_fleet/plans/{model}/{file}" in names
+    for file in ("plan.json", "train.onnx", "initial.bin", "expected.json"):
+        assert f"covey_device/doctor/plan/{file}" in names
 
 
 def test_the_wheel_holds_every_migration(wheel: zipfile.ZipFile) -> None:

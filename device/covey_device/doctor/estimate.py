@@ -45,6 +45,10 @@ VALUE_BITS = 16
 """What run.toml has if it says nothing else; METRICS as well."""
 
 METRICS = 1
+ROUND_BYTES = 4_000_000
+"""Of memory: threads, messages on their way, a batch of the data. The difference to services that were
+measured in rounds."""
+
 CHECK_IN_BYTES = 320
 BOX_BYTES = 82
 VOTE_BYTES = 114
@@ -73,7 +77,7 @@ class Estimate:
     """Seconds by phase, in the order of a round; bytes each way; memory in bytes, at the highest.
 
     once_s: for a plan that is new, its trial and its transfer on top. service_bytes: of the memory, what the
-    service holds with everything loaded. batch_s: one of the batches that `train` is made of.
+    service holds whatever the plan. batch_s: one of the batches that `train` is made of.
     """
 
     plan: str
@@ -205,8 +209,8 @@ def estimate(plan: Plan, asked: Round, limits: LimitsConfig) -> Estimate:
         down_bytes=down,
         up_bytes=up,
         service_bytes=service_bytes,
-        training_bytes=service_bytes + model_bytes + grown,
-        masking_bytes=service_bytes + 2 * model_bytes + grown + _mask_bytes(encoding),
+        training_bytes=service_bytes + ROUND_BYTES + model_bytes + grown,
+        masking_bytes=service_bytes + ROUND_BYTES + 2 * model_bytes + grown + _mask_bytes(encoding),
     )
 
 
@@ -266,7 +270,7 @@ def _masking_s(encoding: Encoding) -> float:
 
 
 def _service_bytes() -> int:
-    """What the service holds with everything loaded, seen on a process that loads just that."""
+    """What the service holds besides a plan, seen on a process that does what it does."""
     ended = run("covey_device.doctor.loaded")
     try:
         return int(ended.output)
@@ -352,7 +356,7 @@ def in_words(found: Estimate) -> list[str]:
     asked = found.round
     details = {
         "fetch": f"{found.down_bytes / 1e6:,.2f} MB at {asked.downlink_mbit:g} Mbit/s",
-        "train": f"{found.batch_s:.3g} s a batch of {asked.batch_size}",
+        "train": f"{found.batch_s * 1000:,.1f} ms a batch of {asked.batch_size}",
         "upload": f"{found.up_bytes / 1e6:,.2f} MB at {asked.uplink_mbit:g} Mbit/s",
     }
     lines = [
@@ -365,7 +369,7 @@ def in_words(found: Estimate) -> list[str]:
     lines.append(f"  {'together':<34}{_seconds(found.seconds):>10}   and the waiting for others")
     lines.append(
         f"  {'memory at its highest':<34}{found.peak_bytes / 1e6:>7,.0f} MB   "
-        f"{found.service_bytes / 1e6:,.0f} MB of it the service itself"
+        f"{found.service_bytes / 1e6:,.0f} MB of it without a plan"
     )
     lines.append(
         f"  {'once, as long as the plan is new':<34}{_seconds(found.once_s):>10}   its trial"
