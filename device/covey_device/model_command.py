@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from covey_device.owner import as_owner
 from covey_shared.errors import ConfigError, CoveyError
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def show(config_path: Path, as_json: bool) -> None:
 def verify(config_path: Path) -> None:
     """Check the kept models, offline: the coordinator's signatures on the plan and the model, this
     device's own on the file, and the file's hash."""
+    as_owner(config_path)
     directory = _directory(config_path)
     from covey_device import config as configuration
     from covey_device.home_files import CURRENT, PREVIOUS
@@ -144,6 +146,7 @@ def verify(config_path: Path) -> None:
 def rollback(config_path: Path) -> None:
     """Make the previous model the current one, and the current one the previous, until the next round's
     comes."""
+    as_owner(config_path)
     directory = _directory(config_path)
     sidecar = directory.rollback()
     click.echo(

@@ -1,5 +1,6 @@
 """The kept models' files: old or new, never half, and never at odds; what vouches for them; the child."""
 
+import asyncio
 import errno
 import hashlib
 import os
@@ -8,6 +9,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from covey_device import home as home_module
+from covey_device.home import Home
 from covey_device.home_child import Request, file_bytes
 from covey_device.home_export import UnfitError, exported
 from covey_device.home_files import (
@@ -29,6 +33,7 @@ from covey_device.home_files import (
     verify,
     vouched,
 )
+from covey_device.policy import Policy
 from covey_shared import keys, wire
 from covey_shared.errors import (
     ConfigError,
@@ -515,3 +520,108 @@ def test_the_service_does_not_load_onnxruntime_for_it():
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.split()[0] == "False"
+
+
+# -- when ------------------------------------------------------------------------------------------
+
+
+class Nothing:
+    """A fetcher of which nothing comes, and which is asked when it should be."""
+
+    def __init__(self) -> None:
+        self.asked: list[float] = []
+
+    async def fetch(self, digest: bytes, size: int, *, limit: int) -> bytes:
+        self.asked.append(asyncio.get_running_loop().time())
+        raise RefusedError("it does not come")
+
+
+def at_home(directory: ModelDirectory, draw: int = 0) -> Home:
+    """draw: the first byte of what is drawn at random, of 256."""
+    return Home(
+        directory, TRUST, ME, IDENTITY, policy=Policy, room=lambda: (300 * MB, 30.0),
+        rng=lambda n: bytes((draw,)) + bytes(n - 1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("draw", [0, 128, 255])
+def test_devices_of_a_large_fleet_fetch_over_the_window_that_the_call_gives(
+    directory: ModelDirectory, draw: int
+):
+    async def scenario() -> None:
+        home, blobs = at_home(directory, draw), Nothing()
+        running = asyncio.create_task(home.run(blobs, lambda: None))  # type: ignore[arg-type]
+        await asyncio.sleep(0.1)
+        loop = asyncio.get_running_loop()
+        home.heard(call(5, spread_s=2.0))
+        home.heard(result(5))
+        at = loop.time()
+        async with asyncio.timeout(10):
+            while not blobs.asked:
+                await asyncio.sleep(0.01)
+        wait_s = 2.0 * draw / 256
+        assert wait_s - 0.01 <= blobs.asked[0] - at < wait_s + 1.0
+        running.cancel()
+
+    go(scenario())
+
+
+def test_while_a_device_is_in_a_round_it_waits_for_what_that_leads_to(
+    directory: ModelDirectory, monkeypatch: pytest.MonkeyPatch
+):
+    """Of the call's model nothing is fetched for the device itself until its part is over."""
+    monkeypatch.setattr(home_module, "SETTLE_S", 0.02)
+    monkeypatch.setattr(home_module, "LOOK_S", 0.05)
+
+    async def scenario() -> None:
+        home, blobs = at_home(directory), Nothing()
+        inside: list[int | None] = [5]
+        running = asyncio.create_task(home.run(blobs, lambda: inside[0]))  # type: ignore[arg-type]
+        await asyncio.sleep(0.05)
+        home.heard(call(5))
+        await asyncio.sleep(0.3)
+        assert blobs.asked == []
+        home.ended(4)  # of another round
+        await asyncio.sleep(0.1)
+        assert blobs.asked == []
+        home.ended(5)
+        async with asyncio.timeout(10):
+            while not blobs.asked:
+                await asyncio.sleep(0.01)
+        # One whose end nobody told, as after a lost connection.
+        blobs.asked.clear()
+        home.heard(call(6))
+        inside[0] = 6
+        await asyncio.sleep(0.2)
+        assert blobs.asked == []
+        inside[0] = None
+        async with asyncio.timeout(10):
+            while not blobs.asked:
+                await asyncio.sleep(0.01)
+        running.cancel()
+
+    go(scenario())
+
+
+def test_what_does_not_come_is_asked_for_more_and_more_seldom(
+    directory: ModelDirectory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(home_module, "RETRY_S", 0.05)
+    monkeypatch.setattr(home_module, "MAX_RETRY_S", 0.4)
+
+    async def scenario() -> None:
+        home, blobs = at_home(directory), Nothing()
+        running = asyncio.create_task(home.run(blobs, lambda: None))  # type: ignore[arg-type]
+        await asyncio.sleep(0.05)
+        home.heard(call(5))
+        home.heard(result(5))
+        async with asyncio.timeout(20):
+            while len(blobs.asked) < 6:
+                await asyncio.sleep(0.01)
+        waits = [after - before for before, after in pairwise(blobs.asked)]
+        for wait_s, least in zip(waits, (0.05, 0.1, 0.2, 0.4, 0.4), strict=True):
+            assert wait_s >= least - 0.01
+        assert waits[-1] < 1.5
+        running.cancel()
+
+    go(scenario())
