@@ -191,17 +191,23 @@ class Predictor:
 def export_model(header: PlanHeader, infer_graph: bytes, parameters: Flat) -> bytes:
     """`infer.onnx` with the parameters inside: one ONNX file that any runtime can load.
 
-    onnxruntime writes it, unoptimised, so that no onnx package is needed where rounds are run.
-    Raises MalformedError for a graph that does not fit the header, StorageError for a full disk.
+    onnxruntime writes it, unoptimised, so that no onnx package is needed where rounds are run; into
+    memory where there are such files (Linux), so that it is on no disk that may be full or somebody else's.
+    Raises MalformedError for a graph that does not fit the header, StorageError if there is no room.
     """
     try:
+        if hasattr(os, "memfd_create"):
+            with open(os.memfd_create("model.onnx"), "rb") as file:  # noqa: PTH123 - it has no path
+                _exported(header, infer_graph, parameters, Path(f"/proc/self/fd/{file.fileno()}"))
+                return file.read()
         with tempfile.TemporaryDirectory(prefix="covey-") as directory:
             path = Path(directory) / "model.onnx"
             _exported(header, infer_graph, parameters, path)
             return path.read_bytes()
     except OSError as error:
         raise StorageError(
-            f"cannot write a model in {tempfile.gettempdir()}: {error.strerror}; free some space"
+            f"cannot write a model in memory or {tempfile.gettempdir()}: {error.strerror}; free some "
+            "space"
         ) from error
 
 

@@ -292,19 +292,35 @@ def test_a_disk_that_refuses_now_and_then_loses_nothing_and_doubles_nothing(
     assert (again.parameters == run.parameters).all()
 
 
-def test_a_full_temporary_directory_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The exported model passes through it; the round's sum must not be lost to that."""
+@pytest.mark.parametrize("where", ["memory", "directory"])
+def test_no_room_for_an_export_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+):
+    """The exported model passes through memory, or where there is no such thing through a temporary
+    directory; the round's sum must not be lost to that."""
+
+    def refuse(name: str) -> int:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
     run = make(tmp_path)
     run.begin()
     run.spec("farm", 1)
     result = run.absorb(outcome(run, completed(1, 1, 1)))
     assert result.completed is not None
     with monkeypatch.context() as patch:
-        patch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+        if where == "memory":
+            patch.setattr(os, "memfd_create", refuse)
+        else:
+            patch.delattr(os, "memfd_create")
+            patch.setattr("tempfile.tempdir", str(tmp_path / "none"))
         with pytest.raises(StorageError, match="cannot write a model in"):
+            run.save()
+        if where == "directory":
+            patch.setattr("tempfile.tempdir", str(tmp_path))
             run.save()
     run.save()
     assert make(tmp_path).state.rounds_completed == 1
+    assert (run.directory.path / "model.onnx").stat().st_size > 4 * N
 
 
 @pytest.mark.parametrize("what", ["state", "parameters"])
