@@ -15,6 +15,7 @@ from covey_device.doctor import unit
 from covey_device.doctor.disk import Space, disk
 from covey_device.doctor.findings import Finding, combined, guarded, worst
 from covey_device.doctor.machine import Machine
+from covey_device.host.config import HostConfig
 from doctor_roots import NO_SWAP, NOW, PI_4, PI_5, ZERO_2_W, machine, meminfo, plant
 
 
@@ -313,6 +314,27 @@ def test_sensors(tmp_path: Path, bits: str, temperature: str, verdict: str, says
     )
     found = unit.sensors(machine(tmp_path))
     assert found.verdict == verdict
+    assert says in found.says
+    assert bool(found.fix) == (verdict != "ok")
+
+
+@pytest.mark.parametrize(
+    ("conditions", "verdict", "says"),
+    [
+        (HostConfig(), "ok", "temperature 48 C"),
+        (HostConfig(require=("power",)), "problem", "power is unknown here, and host.require"),
+        (HostConfig(require=("temperature",)), "ok", "temperature 48 C"),
+        (HostConfig(start_below_c=40.0), "note", "would not train now: 48.3 C, not until below 40"),
+        (HostConfig(quiet_hours=("00:00-23:59",)), "note", "within 00:00-23:59"),
+        (HostConfig(metered_interfaces=("wlan*",)), "note", "wlan0 is metered"),
+        (HostConfig(cpu_pressure=1.0), "ok", "temperature 48 C"),  # it may be ours
+    ],
+)
+def test_the_owners_conditions(tmp_path: Path, conditions: HostConfig, verdict: str, says: str):
+    route = "Iface Destination Gateway Flags RefCnt Use Metric Mask MTU Window IRTT\n"
+    route += "wlan0 00000000 0101A8C0 0003 0 0 600 00000000 0 0 0\n"
+    found = unit.sensors(machine(plant(tmp_path, PI_5 | {"proc/net/route": route})), conditions)
+    assert found.verdict == verdict, found
     assert says in found.says
     assert bool(found.fix) == (verdict != "ok")
 

@@ -142,4 +142,5 @@ def _of_machine(here: Machine, device: "Device | None", state: Path) -> Iterator
     yield from guarded("swap", lambda: machine.swap(here))
     yield from guarded("clock", lambda: machine.clock(here, signed_unix))
     yield from guarded("disk", lambda: disk.disk(state, serves=serves))
-    yield from guarded("sensors", lambda: unit.sensors(here))
+    conditions = None if device is None else device.conditions
+    yield from guarded("sensors", lambda: unit.sensors(here, conditions))

@@ -13,6 +13,7 @@ from covey_device.doctor.first_step import first_step
 from covey_device.doctor.known_answers import known_answers
 from covey_device.doctor.machine import Machine
 from covey_device.doctor.round import Round
+from covey_device.host.config import HostConfig
 from covey_shared.errors import CoveyError
 
 
@@ -32,6 +33,8 @@ class Device:
         """The latest time that the coordinator signed; 0 if none is known."""
         self.limits = LimitsConfig()
         """The owner's, or the defaults."""
+        self.conditions: HostConfig | None = None
+        """The owner's, once there is a policy."""
         self.estimate: Estimate | None = None
         if (found := self.enrolled) is not None:
             self._policy = guarded("policy", lambda: self._look_at_policy(found))
@@ -46,7 +49,7 @@ class Device:
     def _look_at_policy(self, found: Enrolled) -> Finding:
         finding, policy = enrolled.policy(found, self._here)
         if policy is not None:
-            self.limits = policy.limits
+            self.limits, self.conditions = policy.limits, policy.host
         return finding
 
     def _look_at_state(self, found: Enrolled) -> Finding:

@@ -3,11 +3,16 @@
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
-from typing import Literal
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Literal
 
 from covey_device.doctor.findings import Finding, combined
 from covey_device.doctor.machine import UNIT, Machine, unit_file
+
+if TYPE_CHECKING:
+    from covey_device.host.config import HostConfig
+    from covey_device.host.readings import Readings
 
 PROPERTIES = (
     "LoadState",
@@ -18,6 +23,9 @@ PROPERTIES = (
     "MainPID",
     "NRestarts",
 )
+TOO_HOT_C = 80.0
+"""Where no owner says otherwise."""
+
 LOG = "journalctl -u covey-device -n 50 says why"
 _MB = 1_000_000
 
@@ -147,11 +155,13 @@ def _least_of_groups(machine: Machine, groups: str) -> int | None:
     return min(found, default=None)
 
 
-def sensors(machine: Machine) -> Finding:
-    """What the machine says of itself, and what it does not: what is unknown keeps it from nothing."""
+def sensors(machine: Machine, conditions: "HostConfig | None" = None) -> Finding:
+    """What the machine says of itself, and what it does not: what is unknown keeps it from nothing, unless
+    its owner's conditions require it. conditions: [host] of the policy, if it is known."""
     from covey_device.host.readings import read
 
-    check, seen = "sensors", read(machine.root)
+    patterns = () if conditions is None else conditions.metered_interfaces
+    check, seen = "sensors", read(machine.root, patterns)
     known = {
         "temperature": None if seen.temperature_c is None else f"{seen.temperature_c:.0f} C",
         "throttling": _yes(seen.throttled, "throttled", "not throttled"),
@@ -178,9 +188,30 @@ def sensors(machine: Machine) -> Finding:
         parts.append(Finding(check, "note", "the voltage was too low since the start", fix))
     if seen.throttled:
         parts.append(Finding(check, "note", "the processor is held back", cool))
-    if seen.temperature_c is not None and seen.temperature_c >= 80:
+    if conditions is not None:
+        parts += _conditions(check, machine, conditions, seen)
+    elif seen.temperature_c is not None and seen.temperature_c >= TOO_HOT_C:
         parts.append(Finding(check, "note", "too hot to train", cool))
     return combined(check, parts)
+
+
+def _conditions(
+    check: str, machine: Machine, conditions: "HostConfig", seen: "Readings"
+) -> Iterator[Finding]:
+    """What of the owner's conditions keeps this device from training, now or ever. Neither pressure, for
+    this very command presses, nor what was said of throttling already."""
+    from covey_device.host.eligibility import Moment, Standing, judge
+
+    local = time.localtime(machine.clock())
+    moment = Moment(0.0, minute=60 * local.tm_hour + local.tm_min)
+    verdict, _ = judge(conditions, seen, moment, Standing())
+    for reason in verdict.reasons:
+        if "host.require" in reason.line:
+            fix = "take it out of host.require in policy.toml: with it this device joins no round"
+            yield Finding(check, "problem", reason.line, fix)
+        elif reason.sensor not in ("pressure", "throttling"):
+            fix = "nothing, if that is meant; otherwise change [host] in policy.toml (docs/host.md)"
+            yield Finding(check, "note", f"would not train now: {reason.line}", fix)
 
 
 def _yes(fact: bool | None, yes: str, no: str) -> str | None:
