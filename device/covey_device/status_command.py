@@ -132,13 +132,13 @@ def _without_service(config_path: Path) -> dict[str, Any]:
 
     device = configuration.load(config_path)
     base = config_path.parent
-    policy = PolicyFile(base / device.policy)
-    care = care_of(policy, base / device.state, os.environ)
+    state = base / device.state
+    care = care_of(PolicyFile(base / device.policy), state, os.environ)
     return {
         "device": device.device,
         "fleet": device.fleet,
         "running": False,
-        "last_round": MemoryFile(base / device.state).load().last_round,
+        "last_round": MemoryFile(state).load().last_round if state.is_dir() else 0,
         "host": care.facts(training=False),
     }
 
