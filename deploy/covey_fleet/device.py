@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from covey_device.data import DataConfig
+from covey_device.data.growing import Growth
 from covey_device.keystore import MemoryFile
 from covey_device.policy import Policy
 from covey_device.service import DeviceService
@@ -110,9 +111,12 @@ class Life:
         )
 
         trials = _trials(spec.directory.parent)
+        growth = Growth(spec.directory / "state")
 
         def make_trainer(header: PlanHeader, train_graph: bytes) -> Trainer:
-            return load_trainer(header, train_graph, spec.data, spec.directory, trials=trials)
+            return load_trainer(
+                header, train_graph, spec.data, spec.directory, trials=trials, growth=growth
+            )
 
         self.service = DeviceService(
             session,
