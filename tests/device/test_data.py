@@ -281,7 +281,7 @@ def test_fortran_order_is_only_another_order_in_the_file(tmp_path):
     assert got.flags.c_contiguous
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_damaged_file_opens_or_raises_data_error(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("damaged")
@@ -392,7 +392,7 @@ def test_idx_images(tmp_path, opener):
     assert labels.dtype == np.int64
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(["u1", "i1", "i2", "f4", "f8"]).flatmap(
         lambda dtype: hnp.arrays(
@@ -552,7 +552,7 @@ def test_csv_that_is_not_text(tmp_path):
     refuses(tmp_path, CSV, "d.csv is not UTF-8")
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     hnp.arrays(
         np.float32,
@@ -760,6 +760,7 @@ class Numbers:
         return indices, indices
 
 
+@settings(deadline=None)
 @given(st.integers(1, 50), st.integers(1, 60), st.integers(0, 1000))
 def test_every_epoch_holds_every_example_once(n, batch_size, seed):
     supply = batches(Numbers(n), batch_size, np.random.default_rng(seed))
