@@ -109,9 +109,10 @@ def start(machine: Machine) -> None:
     try:
         machine.manager("restart", UNIT)
     except MachineError as error:
-        raise MachineError(
-            f"the service does not start ({error}); see `journalctl -u {UNIT} -n 20`"
-        ) from error
+        log = machine.run(["journalctl", "--quiet", "--unit", UNIT, "--lines=40", "--output=cat"])
+        told = [line for line in log.output.splitlines() if "covey-device: " in line]
+        why = told[-1].partition("covey-device: ")[2] if told else str(error)
+        raise MachineError(f"the service does not start: {why} (journalctl -u {UNIT})") from error
 
 
 def _write(path: Path, text: str) -> bool:

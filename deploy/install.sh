@@ -1,0 +1,88 @@
+#!/bin/sh
+# Installs covey-device on 64-bit Raspberry Pi OS or Debian, into /opt/covey; run again, it upgrades.
+#
+#   sudo sh install.sh [WHAT]
+#
+# WHAT is what pip installs: covey (the default), covey==0.2.0, or the path of a wheel.
+# `sudo covey-device uninstall` takes everything away again.
+set -eu
+umask 022
+
+prefix=/opt/covey
+mark=$prefix/.made-by-install.sh
+link=/usr/local/bin/covey-device
+what=${1:-covey}
+
+fail() {
+	echo "install.sh: $*" >&2
+	exit 1
+}
+
+[ "$#" -le 1 ] || fail "at most one argument: what pip is to install"
+[ "$(id -u)" -eq 0 ] || fail "this changes the system: run it with sudo"
+
+# A 64-bit kernel under a 32-bit system is common on Pis: the system decides which wheels run.
+if command -v dpkg >/dev/null; then
+	architecture=$(dpkg --print-architecture)
+else
+	architecture=$(uname -m)
+fi
+case $architecture in
+arm64 | aarch64 | amd64 | x86_64) ;;
+*) fail "this system is $architecture; onnxruntime exists for 64-bit systems alone: install the 64-bit Raspberry Pi OS" ;;
+esac
+
+command -v python3 >/dev/null || fail "no python3: apt install python3 python3-venv"
+python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+	fail "$(python3 --version) is too old; covey needs 3.11, which Raspberry Pi OS has since bookworm"
+
+if [ -e /var/lib/dpkg/info/covey-device.list ]; then
+	fail "the Debian package covey-device is installed; upgrade that, or remove it first: sudo apt purge covey-device"
+fi
+if [ -e "$prefix" ] && [ ! -e "$mark" ]; then
+	fail "$prefix is there already, and not by this script: remove it first"
+fi
+
+# Debian's Python has no ensurepip without python3-venv.
+if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
+	command -v apt-get >/dev/null || fail "python3 has no venv; install that first"
+	echo "installing python3-venv"
+	DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends python3-venv >/dev/null ||
+		fail "python3-venv cannot be installed: apt update, and try again"
+fi
+
+# After an upgrade of the system to another Python, the old one's wheels are of no use.
+python=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+if [ "$("$prefix/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true)" != "$python" ]; then
+	echo "making $prefix, with Python $python"
+	mkdir -p "$prefix"
+	: >"$mark"
+	python3 -m venv --clear "$prefix"
+	: >"$mark"
+fi
+
+echo "installing $what into $prefix"
+set -- --disable-pip-version-check --quiet --no-input --upgrade
+case $what in
+*.whl)
+	[ -e "$what" ] || fail "there is no $what"
+	# The same version again is another wheel, perhaps.
+	"$prefix/bin/python" -m pip install "$@" --force-reinstall --no-deps "$what"
+	;;
+esac
+"$prefix/bin/python" -m pip install "$@" --only-binary :all: "$what"
+"$prefix/bin/python" -m compileall -q "$prefix/lib" || true # the service may not write there
+
+if [ -L "$link" ] || [ ! -e "$link" ]; then
+	mkdir -p "${link%/*}"
+	ln -sfn "$prefix/bin/covey-device" "$link"
+else
+	echo "install.sh: $link is there and not a link; the command is $prefix/bin/covey-device" >&2
+fi
+
+"$prefix/bin/covey-device" --version
+if [ -d /run/systemd/system ]; then
+	"$prefix/bin/covey-device" install-service
+else
+	echo "no systemd runs here: start \`covey-device run\` with what does"
+fi
