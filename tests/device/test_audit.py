@@ -599,7 +599,7 @@ def test_a_policy_that_changes_while_it_runs(tmp_path: Path, caplog: pytest.LogC
                 len([r for r in caplog.records if "the policy stays as it was" in r.message]) == 1
             )
             path.write_text("[limits]\nmax_batches = 3\n")
-            seat.service.policy_may_have_changed()
+            await seat.service.reload_policy(anyway=True)
             assert "pi-1" in await survivors("four")
             assert seat.service.preparation.limits.batches == 3
             assert kinds(seat.directory).count("policy") == 2
