@@ -166,6 +166,12 @@ def test_an_arm_without_neon(tmp_path: Path):
     assert "without asimd" in found.says
 
 
+def test_under_emulation_the_file_is_anothers(tmp_path: Path):
+    text = "processor\t: 0\nmodel name\t: Some Xeon\nflags\t\t: fpu sse4_2\n"
+    found = machines.processor(machine(plant(tmp_path, {"proc/cpuinfo": text})))
+    assert found == Finding("processor", "unknown", "/proc/cpuinfo does not say what it can")
+
+
 @pytest.mark.parametrize(
     ("total", "available", "verdict", "says"),
     [

@@ -183,7 +183,9 @@ def python(machine: Machine) -> Finding:
 def processor(machine: Machine) -> Finding:
     """What it is, and the instructions that matter."""
     check, text = "processor", machine.text("proc/cpuinfo")
-    found = re.search(r"^(?:Features|flags)\s*:(.*)$", text or "", re.M)
+    arm = machine.kernel == "aarch64"
+    # Under emulation the file is that of the other architecture, which says nothing of this one.
+    found = re.search(rf"^{'Features' if arm else 'flags'}\s*:(.*)$", text or "", re.M)
     if text is None or found is None:
         return Finding(check, "unknown", "/proc/cpuinfo does not say what it can")
     flags = set(found[1].split())
@@ -192,7 +194,6 @@ def processor(machine: Machine) -> Finding:
     cores = len(re.findall(r"^processor\s*:", text, re.M))
     what = (model or (named[1] if named else machine.kernel)).strip()
     what = f"{what}, {cores} core{'s' if cores != 1 else ''}"
-    arm = machine.kernel == "aarch64"
     needed, aes = ("asimd", {"aes", "pmull"}) if arm else ("sse4_2", {"aes"})
     if needed not in flags:
         return Finding(
