@@ -625,3 +625,42 @@ def test_what_does_not_come_is_asked_for_more_and_more_seldom(
         running.cancel()
 
     go(scenario())
+
+
+def test_the_next_call_does_not_put_off_what_the_last_result_led_to(
+    directory: ModelDirectory, monkeypatch: pytest.MonkeyPatch
+):
+    """Rounds that follow each other at once, in which this device takes part all the time."""
+    monkeypatch.setattr(home_module, "SETTLE_S", 0.02)
+    monkeypatch.setattr(home_module, "RETRY_S", 30.0)
+
+    async def scenario() -> None:
+        home, blobs = at_home(directory, 128), Nothing()
+        inside: list[int | None] = [5]
+        running = asyncio.create_task(home.run(blobs, lambda: inside[0]))  # type: ignore[arg-type]
+        await asyncio.sleep(0.05)
+        home.heard(call(5, spread_s=0.6))
+        home.heard(result(5))
+        inside[0] = 6
+        home.heard(call(6, spread_s=0.6))  # which begins with that very model
+        async with asyncio.timeout(10):
+            while not blobs.asked:
+                await asyncio.sleep(0.01)
+        # Of another run, whose model is another: it has its turn when the first does not come.
+        home.heard(call(7, plan=bytes(32)))
+        inside[0] = None
+        home.ended(7)
+        home.heard(result(6))  # of a round that is no longer the last one called
+        await asyncio.sleep(0.2)
+        assert len(blobs.asked) == 1
+        assert home._later is not None
+        home._due = 0.0
+        home._news.set()
+        async with asyncio.timeout(10):
+            while len(blobs.asked) < 3:
+                await asyncio.sleep(0.01)
+        assert home._wanted is not None
+        assert home._wanted.key == (7, False)
+        running.cancel()
+
+    go(scenario())
