@@ -3,14 +3,15 @@
 #
 #   sudo sh install.sh [WHAT]
 #
-# WHAT is what pip installs: covey (the default), covey==0.2.0, or the path of a wheel.
+# WHAT is what pip installs: covey (the default), covey==0.2.0, the path of a wheel, or any of them with
+# [coordinator] behind it, for a machine that is the coordinator too.
 # `sudo covey-device uninstall` takes everything away again.
 set -eu
 umask 022
 
 prefix=/opt/covey
 mark=$prefix/.made-by-install.sh
-link=/usr/local/bin/covey-device
+links=/usr/local/bin
 what=${1:-covey}
 
 fail() {
@@ -63,9 +64,10 @@ fi
 
 echo "installing $what into $prefix"
 set -- --disable-pip-version-check --quiet --no-input --upgrade
-case $what in
+file=${what%%\[*}
+case $file in
 *.whl)
-	[ -e "$what" ] || fail "there is no $what"
+	[ -e "$file" ] || fail "there is no $file"
 	# The same version again is another wheel, perhaps.
 	"$prefix/bin/python" -m pip install "$@" --force-reinstall --no-deps "$what"
 	;;
@@ -73,12 +75,18 @@ esac
 "$prefix/bin/python" -m pip install "$@" --only-binary :all: "$what"
 "$prefix/bin/python" -m compileall -q "$prefix/lib" || true # the service may not write there
 
-if [ -L "$link" ] || [ ! -e "$link" ]; then
-	mkdir -p "${link%/*}"
-	ln -sfn "$prefix/bin/covey-device" "$link"
-else
-	echo "install.sh: $link is there and not a link; the command is $prefix/bin/covey-device" >&2
+mkdir -p "$links"
+names=covey-device
+if "$prefix/bin/python" -c 'import sqlalchemy' 2>/dev/null; then
+	names="$names covey"
 fi
+for name in $names; do
+	if [ -L "$links/$name" ] || [ ! -e "$links/$name" ]; then
+		ln -sfn "$prefix/bin/$name" "$links/$name"
+	else
+		echo "install.sh: $links/$name is there and no link; the command is $prefix/bin/$name" >&2
+	fi
+done
 
 "$prefix/bin/covey-device" --version
 if [ -d /run/systemd/system ]; then

@@ -401,6 +401,17 @@ def test_uninstall_keeps_what_others_have_in_etc_covey(machine: Machine, root: P
     assert [p.name for p in (root / "etc/covey").iterdir()] == ["coordinator.toml"]
 
 
+def test_uninstall_leaves_the_program_to_a_coordinator(machine: Machine, root: Path):
+    script_made(root)
+    service.install(machine, COMMAND)
+    (root / "etc/systemd/system/covey-coordinator.service").touch()
+    result = command(machine, "uninstall", "--yes")
+    assert f"{root}/opt/covey stays: the coordinator on this machine needs it" in result.output
+    assert (root / "opt/covey/bin/covey-device").exists()
+    assert (root / "usr/local/bin/covey-device").is_symlink()
+    assert not (root / UNIT).exists()
+
+
 def test_uninstall_hands_a_package_to_apt(machine: Machine, root: Path, tools: Tools):
     listing = root / "var/lib/dpkg/info/covey-device.list"
     listing.parent.mkdir(parents=True)

@@ -160,5 +160,7 @@ def uninstall(context: click.Context, yes: bool, keep_data: bool) -> None:
             "to its fleet the device is only silent: tell your operator, who runs `covey device revoke`"
         )
     prefix = machine.path(service.PREFIX)
-    if not by_package and prefix not in found:
+    if machine.path(service.COORDINATOR).exists():
+        click.echo(f"{prefix} stays: the coordinator on this machine needs it")
+    elif not by_package and prefix not in found:
         click.echo("the program itself is where you put it; if by pip: pip uninstall covey")

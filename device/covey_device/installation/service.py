@@ -22,6 +22,9 @@ STEPS_SINCE = 254
 """The release of systemd that has RestartSteps=; others warn of it."""
 
 PACKAGED_LIST = "/var/lib/dpkg/info/covey-device.list"
+COORDINATOR = "/etc/systemd/system/covey-coordinator.service"
+"""A machine with this one needs the program still."""
+
 LINKS = ("/usr/local/bin/covey-device", "/usr/local/bin/covey")
 
 OF_DEVICE = ("device.toml", "device.toml.*", "policy.toml", "enrolment-*", ".joining-*", "state")
@@ -146,7 +149,7 @@ def belongings(machine: Machine, *, keep_data: bool = False) -> list[Path]:
         for pattern in OF_DEVICE:
             found += sorted(configured.glob(pattern))
     found = [path for path in found if os.path.lexists(path)]
-    if machine.path(MARK).exists():
+    if machine.path(MARK).exists() and not machine.path(COORDINATOR).exists():
         found += [*list(_links(machine)), machine.path(PREFIX)]
     return found
 
