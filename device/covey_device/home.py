@@ -198,9 +198,8 @@ class Home:
                     await asyncio.to_thread(self._remember, wanted)
                 wait_s = self._due - loop.time()
                 if wait_s <= 0 and wanted.result is None and self._under_way(wanted, round_id()):
-                    wait_s = (
-                        LOOK_S  # its result, if there is one, names the model that is wanted then
-                    )
+                    # Its result, if there is one, names the model that is wanted then.
+                    wait_s = LOOK_S
                 if wait_s > 0:
                     await self._news_within(wait_s)
                     continue
@@ -228,21 +227,29 @@ class Home:
             raise
         except UnfitError as error:
             log.warning("%s cannot be kept: %s; the one before stays", what, error)
-        except (CoveyError, MemoryError) as error:
+        except (CoveyError, MemoryError, OSError) as error:
             log.warning(
                 "%s is not here yet: %s; the one before stays, and it is tried again in %.0f s",
-                what, error or "out of memory", self._retry_s,
+                what, str(error) or "out of memory", self._retry_s,
             )  # fmt: skip
-            if self._wanted is wanted:
-                self._due = asyncio.get_running_loop().time() + self._retry_s
-                self._retry_s = min(2 * self._retry_s, MAX_RETRY_S)
-                self._go_on()
+            self._put_off(wanted)
+            return
+        except Exception:
+            # A bug of ours; the next model may be another matter.
+            log.exception("%s cannot be kept; the one before stays", what)
+            self._put_off(wanted)
             return
         self._kept = max(self._kept, wanted.key)
         if self._wanted is wanted:
             self._wanted = None
             self._go_on()
             await asyncio.to_thread(self._remember, None)
+
+    def _put_off(self, wanted: Vouched) -> None:
+        if self._wanted is wanted:
+            self._due = asyncio.get_running_loop().time() + self._retry_s
+            self._retry_s = min(2 * self._retry_s, MAX_RETRY_S)
+            self._go_on()
 
     def _go_on(self) -> None:
         if self._later is not None:

@@ -201,21 +201,25 @@ def test_old_rounds_played_back_and_words_of_others_change_nothing(tmp_path: Pat
             await fleet.until(lambda: len(settled.kept) == 8)
             seat, kept = fleet.seats[0], 8
             was = settled.sidecar(seat)
-            # A process that has seen none of it, and all of it again.
-            await seat.service.close()
-            await fleet.boot(seat)
-            settled.move_in(seat)
-            for topic, payload in said:
-                fleet.network.publish("mallory", topic, payload)
-            # And a result of a round to come, signed by a device.
+            # A process that has seen none of it, and all of it again: at once, and when it knows what it has.
+            for wait_s in (0.0, 0.3):
+                await seat.service.close()
+                await fleet.boot(seat)
+                settled.move_in(seat)
+                await asyncio.sleep(wait_s)
+                before = len(wants(fleet, seat.name))
+                for topic, payload in said:
+                    fleet.network.publish("mallory", topic, payload)
+                await asyncio.sleep(0.4)
+                assert settled.sidecar(seat) == was
+                assert len(settled.kept) == kept
+                assert len(wants(fleet, seat.name)) == before
+            # And a call of a round to come, signed by a device.
             call = wire.decode_as(RoundCall, next(p for t, p in said if t == TOPICS.round))
             forged = msgspec.structs.replace(call.message, round=99, model=bytes(32))
             forged_call = wire.sign(forged, fleet.seats[1].identity).envelope
             fleet.network.publish("mallory", TOPICS.round, forged_call)
-            before = len(wants(fleet, seat.name))
-            await asyncio.sleep(0.5)
-            assert settled.sidecar(seat) == was
-            assert len(settled.kept) == kept
+            await asyncio.sleep(0.3)
             assert len(wants(fleet, seat.name)) == before
 
     go(scenario())

@@ -1,6 +1,7 @@
 """The kept models' files: old or new, never half, and never at odds; what vouches for them; the child."""
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import os
@@ -661,6 +662,39 @@ def test_the_next_call_does_not_put_off_what_the_last_result_led_to(
                 await asyncio.sleep(0.01)
         assert home._wanted is not None
         assert home._wanted.key == (7, False)
+        running.cancel()
+
+    go(scenario())
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EAGAIN, "no process"), ValueError("a bug"), MemoryError()]
+)
+def test_whatever_goes_wrong_the_next_model_has_its_turn(
+    directory: ModelDirectory, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    monkeypatch.setattr(home_module, "RETRY_S", 0.05)
+
+    async def scenario() -> None:
+        home, blobs = at_home(directory), Nothing()
+        real = blobs.fetch
+
+        async def fetch(digest: bytes, size: int, *, limit: int) -> bytes:
+            with contextlib.suppress(RefusedError):
+                await real(digest, size, limit=limit)
+            raise error
+
+        blobs.fetch = fetch  # type: ignore[method-assign]
+        running = asyncio.create_task(home.run(blobs, lambda: None))  # type: ignore[arg-type]
+        await asyncio.sleep(0.05)
+        for round_id in (5, 6):
+            home.heard(call(round_id))
+            home.heard(result(round_id))
+            blobs.asked.clear()
+            async with asyncio.timeout(10):
+                while len(blobs.asked) < 2:
+                    await asyncio.sleep(0.01)
+        assert not running.done()
         running.cancel()
 
     go(scenario())
