@@ -1,6 +1,7 @@
 """`covey`: the operator's command line. What it prints is for people; files are for programs."""
 
 import asyncio
+import faulthandler
 import importlib
 import logging
 import os
@@ -17,6 +18,7 @@ import click
 from covey_coordinator.options import fleet_option
 from covey_shared import __version__
 from covey_shared.errors import CoveyError
+from covey_shared.notify import Notifier
 
 MAX_SHOWN = 20
 
@@ -190,6 +192,7 @@ def _tell_networked(fleet: Any) -> None:
 @fleet_option
 def up(verbose: bool, fleet_dir: Path) -> None:
     """Run the broker and the coordinator, and play the runs that `covey run` queues."""
+    notifier = _supervisor()
     from covey_coordinator.daemon import Daemon
     from covey_coordinator.fleet import FleetDirectory
 
@@ -202,7 +205,18 @@ def up(verbose: bool, fleet_dir: Path) -> None:
     def say(line: str) -> None:
         click.echo(f"{time.strftime('%H:%M:%S')} {line}")
 
-    run_until_stopped(Daemon(FleetDirectory(fleet_dir), say).serve)
+    run_until_stopped(Daemon(FleetDirectory(fleet_dir), say, notifier).serve)
+
+
+def _supervisor() -> Notifier:
+    """Whoever started us as a service. The broker does not hear of it: it is not what is supervised."""
+    notifier = Notifier.of(os.environ, os.getpid())
+    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
+        os.environ.pop(name, None)
+    if notifier.watchdog_s is not None:
+        # The watchdog ends a service that hangs with SIGABRT: then its log shows where it hung.
+        faulthandler.enable()
+    return notifier
 
 
 def run_until_stopped(serve: Callable[[asyncio.Event], Any]) -> None:

@@ -44,6 +44,7 @@ from covey_shared import wire
 from covey_shared.errors import ConfigError, CoveyError, DataError, StorageError
 from covey_shared.messages import DeviceId
 from covey_shared.mqtt import MqttTransport
+from covey_shared.notify import Notifier
 
 log = logging.getLogger("covey.coordinator")
 
@@ -51,6 +52,9 @@ POLL_S = 0.5
 SHOW_S = 0.3
 LOCK_S = 1.0
 RETRY_STORAGE_S = 5.0
+
+BEATS = 4
+"""In the watchdog's time: one that comes late on a busy machine is no reason for a restart."""
 
 SAVE_SIGHTINGS_S = 10.0
 """How much of who came and went a crash may cost."""
@@ -145,12 +149,18 @@ def load_held_out(path: Path, evaluation: EvaluationConfig) -> HeldOut:
 
 
 class Daemon:
-    """One `covey up`. say: prints a line for the operator."""
+    """One `covey up`. say: prints a line for the operator. notifier: of whoever supervises it."""
 
-    def __init__(self, fleet: FleetDirectory, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        fleet: FleetDirectory,
+        say: Callable[[str], None],
+        notifier: Notifier | None = None,
+    ) -> None:
         self._fleet = fleet
         self._config = load_fleet(fleet.path)
         self._say = say
+        self._notifier = notifier or Notifier(None)
         self._current: Run | None = None
         self._shown_at = 0.0
         self._given_up: set[str] = set()
@@ -186,11 +196,15 @@ class Daemon:
                 self._say(f"fleet {config.fleet}: broker {login.description}")
                 sightings = Sightings(await asyncio.to_thread(store.sightings))
                 reporter = asyncio.create_task(self._report(service, login.description, sightings))
+                feeder = asyncio.create_task(self._feed(store))
                 try:
                     async with enrolment_of(fleet, config, service, self._say):
+                        self._notifier.ready()
                         self._say("waiting for devices and runs; Ctrl-C stops")
                         await self._play_all(service, stop)
                 finally:
+                    self._notifier.stopping()
+                    feeder.cancel()
                     reporter.cancel()
                     await service.close()
                     with contextlib.suppress(OSError):
@@ -366,7 +380,29 @@ class Daemon:
                     sorted(registry.present),
                     {str(name): n for name, n in registry.faults.items()},
                 )
+            self._notifier.status(self._standing(service))
             await asyncio.sleep(1)
+
+    def _standing(self, service: CoordinatorService) -> str:
+        there = f"{len(service.registry.present)} devices online"
+        if not service.transport_up:
+            there = "no connection to the broker"
+        run = self._current
+        if run is None:
+            return f"fleet {self._config.fleet}: {there}; no run is played"
+        of = run.state.rounds_done + run.rounds_left
+        return f"fleet {self._config.fleet}: {there}; run {run.directory.name}, round {run.index} of {of}"
+
+    async def _feed(self, store: Store) -> None:
+        """Tell the watchdog, as long as the event loop turns, a thread runs, and the database answers:
+        that the disk is full, too, is an answer."""
+        if (period_s := self._notifier.watchdog_s) is None:
+            return
+        while True:
+            with contextlib.suppress(StorageError):
+                await asyncio.to_thread(store.last_round)
+            self._notifier.alive()
+            await asyncio.sleep(period_s / BEATS)
 
     @staticmethod
     async def _save(store: Store, sightings: Sightings) -> None:

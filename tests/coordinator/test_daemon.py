@@ -1,8 +1,11 @@
 """`covey up` in one process: real devices from their directories, the network in memory."""
 
 import asyncio
+import contextlib
 import hashlib
 import os
+import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -29,6 +32,7 @@ from covey_device.assembly import assemble, load_device
 from covey_shared import wire
 from covey_shared.errors import ConfigError, CoveyError, DataError, MalformedError, StorageError
 from covey_shared.messages import RoundAbandoned
+from covey_shared.notify import Notifier
 from covey_shared.plan import GraphRef, encode_header
 from covey_shared.topics import OFFLINE, Topics
 from memory_fleet import PLAN, go, hasten
@@ -44,6 +48,7 @@ class Bench:
         self.network = Network()
         self.said: list[str] = []
         self.topics = Topics("farm")
+        self.notifier: Notifier | None = None
         broker = BrokerConfig(kind="external", url="mqtt://nowhere")
         self.fleet = FleetDirectory.create(path / "fleet", "farm", broker)
         self.path = self.fleet.path
@@ -55,6 +60,8 @@ class Bench:
             self.fleet.add_device(name, days=1, data=data)
         monkeypatch.setattr(daemon, "MqttTransport", self._transport)
         monkeypatch.setattr(covey_device.assembly, "MqttTransport", self._transport)
+        # A process for each device and round, which tests/fleet/test_model_at_home.py is about.
+        monkeypatch.setattr(covey_device.assembly, "home_of", lambda parts: None)
 
     def _transport(self, url: object, client_id: str, **settings: Any) -> MemoryTransport:
         return self.network.client(client_id, settings.get("will"))
@@ -89,7 +96,9 @@ class Bench:
     async def up(self, until: Callable[[], bool], *, timeout_s: float = 30.0) -> None:
         """`covey up`, stopped as soon as `until` is true."""
         stop = asyncio.Event()
-        serving = asyncio.create_task(Daemon(self.fleet, self.said.append).serve(stop))
+        serving = asyncio.create_task(
+            Daemon(self.fleet, self.said.append, self.notifier).serve(stop)
+        )
         try:
             async with asyncio.timeout(timeout_s):
                 while not until() and not serving.done():
@@ -162,6 +171,62 @@ def test_it_remembers_who_was_there_and_what_became_of_them(bench: Bench):
             assert after["pi-1"].since_unix >= gone - 1
 
     go(scenario())
+
+
+def test_its_supervisor_hears_of_it(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """READY, STATUS, the watchdog as long as the database answers, and the end."""
+    heard: list[str] = []
+    online_all = "STATUS=fleet farm: 3 devices online; no run is played"
+    stuck = threading.Event()
+    real = Store.last_round
+
+    def last_round(self: Store) -> int:
+        while stuck.is_set():
+            time.sleep(0.01)
+        return real(self)
+
+    def listen() -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                heard.append(supervisor.recv(4096).decode())
+
+    async def scenario() -> None:
+        bench.notifier = Notifier(str(tmp_path / "notify"), watchdog_s=0.08)
+
+        def fed() -> bool:
+            listen()
+            return heard.count("WATCHDOG=1") >= 3 and online_all in status()
+
+        def status() -> list[str]:
+            return [word for word in heard if word.startswith("STATUS=")]
+
+        async with bench.devices():
+            await bench.up(fed)
+            listen()
+            assert heard.count("READY=1") == 1
+            assert heard[-1] == "STOPPING=1"
+            monkeypatch.setattr(Store, "last_round", last_round)
+            heard.clear()
+            since: list[float] = []
+
+            def starved() -> bool:
+                listen()
+                if "READY=1" in heard and not since:
+                    stuck.set()
+                    since.append(time.monotonic())
+                if not since or time.monotonic() - since[0] < 1.0:
+                    return False
+                stuck.clear()
+                return True
+
+            await bench.up(starved)
+            after = heard[heard.index("READY=1") :]
+            assert after.count("WATCHDOG=1") <= 3, "1 s without an answer of the database"
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        supervisor.setblocking(False)
+        go(scenario())
 
 
 def test_it_says_that_it_is_there(bench: Bench):
