@@ -248,6 +248,17 @@ def test_whatever_stands_in_the_file_only_whole_examples_come_out(tmp_path_facto
     assert held(Reservoir(path, 4, np.random.default_rng(2))) == held(sample)
 
 
+def test_what_a_power_cut_left_is_cut_off_and_told_once(tmp_path, caplog):
+    path, data, _ = states(tmp_path)
+    path.write_bytes(data + bytes(4096))
+    sample = Reservoir(path, 4, np.random.default_rng(2))
+    add(sample, "next", 100, 2)
+    assert len(data) < path.stat().st_size < len(data) + 500
+    add(Reservoir(path, 4, np.random.default_rng(2)), "after", 200, 2)
+    (line,) = caplog.messages
+    assert "the last 4096 bytes are not whole" in line
+
+
 def test_a_damaged_shard_costs_no_other(tmp_path, caplog):
     path, data, after = states(tmp_path)
     damaged = bytearray(data)
