@@ -329,7 +329,6 @@ class _Round:
         self.sent: set[bytes] = set()
         self.messages = self.bytes = 0  # that left, each counted once
         self.again = self.again_bytes = 0  # the same ones, sent again
-        self.requests = self.request_bytes = 0
 
 
 class Audit:
@@ -346,6 +345,7 @@ class Audit:
         self._window = 0.0
         self._refusals = 0
         self._untold = 0
+        self._requests = self._request_bytes = 0  # since they were told last
 
     def note(self, kind: str, **facts: Any) -> None:
         """Anything else that an owner should know: an enrolment, a renewal, another policy.
@@ -397,10 +397,10 @@ class Audit:
             self._round.cohort = {"cohort": head.n, "at_least": head.n_min}
 
     def requested(self, size: int) -> None:
-        """A request for chunks of a plan or a model leaves: counted, told at the round's end."""
-        if self._round is not None:
-            self._round.requests += 1
-            self._round.request_bytes += size
+        """A request for chunks of a plan or a model leaves: counted, told at the round's end. Those between
+        rounds, for a model that is kept, are told with the next one's."""
+        self._requests += 1
+        self._request_bytes += size
 
     def leaving(self, signed: Signed[Message]) -> None:
         """A message is about to leave. Raises StorageError, and then it must not."""
@@ -459,8 +459,9 @@ class Audit:
         facts |= {"messages": current.messages, "bytes": current.bytes}
         if current.again:
             facts |= {"again": current.again, "again_bytes": current.again_bytes}
-        if current.requests:
-            facts |= {"requests": current.requests, "request_bytes": current.request_bytes}
+        if self._requests:
+            facts |= {"requests": self._requests, "request_bytes": self._request_bytes}
+            self._requests = self._request_bytes = 0
         self.log.append("ended", facts)
 
     # -- parts ------------------------------------------------------------------------------------

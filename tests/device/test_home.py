@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from covey_coordinator.run import Run
+from covey_device.audit import lines_of
 from covey_device.home_files import Port, Sidecar, read_sidecar
 from covey_device.home_hook import run_hook
 from covey_device.policy import Policy
@@ -296,6 +297,27 @@ def test_a_full_disk_costs_the_new_model_and_nothing_else(
 
     with caplog.at_level(logging.WARNING, logger="covey.device"):
         go(scenario())
+
+
+@pytest.mark.usefixtures("childless")
+def test_the_owners_record_counts_what_is_asked_for_between_rounds(tmp_path: Path):
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            settled, seat = Settled(fleet), fleet.seats[0]
+            settled.move_in()
+            stepwise(fleet, settled)
+            run = fleet.run(config(rounds=2))
+            await fleet.play(run)
+            await settled.everybody_has(run.model_digest)
+            ended = [json.loads(line) for _, line in lines_of(seat.directory) if b'"ended"' in line]
+            assert len(ended) == 2
+            asked = wants(fleet, seat.name)
+            last = asked.count(run.model_digest)  # told with the next round, if they came late
+            told = sum(entry["requests"] for entry in ended)
+            assert len(asked) - last <= told <= len(asked)
+            assert wants(fleet, seat.name).count(model_hashes(fleet)[2]) > 0  # asked for after round 1
+
+    go(scenario())
 
 
 # -- the owner's command ---------------------------------------------------------------------------
