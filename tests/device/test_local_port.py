@@ -238,6 +238,18 @@ def test_a_crowd_is_turned_away_and_makes_room(tmp_path: Path):
     go(scenario())
 
 
+def test_who_comes_and_goes_leaves_room_at_once(tmp_path: Path):
+    """A program that asks again and again does not keep the others out."""
+
+    async def scenario() -> None:
+        async with desk(tmp_path) as at:
+            for _ in range(5 * MAX_CLIENTS):
+                told = await asyncio.to_thread(lambda: ask(at.path, {"ask": "status"}))
+                assert told == {"device": "pi-1"}
+
+    go(scenario())
+
+
 def test_waits_are_bounded(tmp_path: Path):
     async def scenario() -> None:
         async with desk(tmp_path) as at:

@@ -40,7 +40,7 @@ ANSWER_S = 5.0
 """For a client to take its answer."""
 
 PAUSE_S = 0.02
-"""Between the requests of one connection, so that none can keep the device busy."""
+"""Before each answer of a connection but the first, so that none can keep the device busy."""
 
 _MAX_SOCKET_PATH = 100  # sun_path holds 108 bytes
 
@@ -133,22 +133,23 @@ class LocalPort:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         held: set[int] = set()  # waits that end with this connection
         try:
-            for _ in range(MAX_REQUESTS):
+            for number in range(MAX_REQUESTS):
                 try:
                     async with asyncio.timeout(None if held else IDLE_S):
                         line = await reader.readuntil(b"\n")
                 except asyncio.LimitOverrunError:
                     await _say(writer, _error(f"a request has at most {MAX_LINE_BYTES} bytes"))
                     return
+                if number:
+                    await asyncio.sleep(PAUSE_S)
                 await _say(writer, await self._answer(line, held))
-                await asyncio.sleep(PAUSE_S)
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         except Exception:
             log.exception("a local program's request failed; the service goes on")
         finally:
-            for number in held:
-                self._waits.remove(number)
+            for wait in held:
+                self._waits.remove(wait)
             writer.transport.abort()
 
     async def _answer(self, line: bytes, held: set[int]) -> dict[str, Any]:
