@@ -157,6 +157,9 @@ class _Trainer:
     def __init__(self, machine: Machine, process: Process) -> None:
         self._machine, self._process = machine, process
 
+    def refresh(self) -> None:
+        """No data ever come."""
+
     def train(
         self, parameters: Flat, work: Work, *, clock: Any, rng: Any, stop: Any, gate: Any
     ) -> TrainResult:
