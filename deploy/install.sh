@@ -63,7 +63,7 @@ if [ "$("$prefix/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2
 fi
 
 echo "installing $what into $prefix"
-set -- --disable-pip-version-check --quiet --no-input --upgrade
+set -- --disable-pip-version-check --quiet --no-input --upgrade --no-compile
 file=${what%%\[*}
 case $file in
 *.whl)
@@ -73,6 +73,7 @@ case $file in
 	;;
 esac
 "$prefix/bin/python" -m pip install "$@" --only-binary :all: "$what"
+"$prefix/bin/python" -m covey_device.trim
 "$prefix/bin/python" -m compileall -q "$prefix/lib" || true # the service may not write there
 
 mkdir -p "$links"
@@ -90,7 +91,13 @@ done
 
 "$prefix/bin/covey-device" --version
 if [ -d /run/systemd/system ]; then
-	"$prefix/bin/covey-device" install-service
+	if [ "$names" = covey-device ] || [ -e /etc/systemd/system/covey-device.service ]; then
+		"$prefix/bin/covey-device" install-service
+	else
+		echo "to make a device of this machine, too: sudo covey-device join TOKEN"
+	fi
+	# A coordinator that runs goes on with the new program.
+	[ ! -e /etc/systemd/system/covey-coordinator.service ] || systemctl try-restart covey-coordinator.service
 else
 	echo "no systemd runs here: start \`covey-device run\` with what does"
 fi

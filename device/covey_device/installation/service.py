@@ -92,16 +92,16 @@ def install(machine: Machine, command: Path | None = None) -> Installed:
         machine.must(
             "systemd-tmpfiles", *root, "--create", str(directory / "covey-device.tmpfiles")
         )
-    packaged = next((p for p in map(machine.path, PACKAGED_UNITS) if p.exists()), None)
-    unit, changed = packaged, False
+    unit = next((p for p in map(machine.path, PACKAGED_UNITS) if p.exists()), None)
+    changed = False
     if unit is None:
         unit = machine.path(OWN_UNIT)
         changed = _write(unit, unit_for(command or program()))
-        steps = machine.path(STEPS)
-        if machine.systemd_version() >= STEPS_SINCE:
-            changed |= _write(steps, shipped("restart-steps.conf"))
-        elif remove(steps):
-            changed = True
+    steps = machine.path(STEPS)
+    if machine.systemd_version() >= STEPS_SINCE:
+        changed |= _write(steps, shipped("restart-steps.conf"))
+    elif remove(steps):
+        changed = True
     machine.manager("daemon-reload")
     machine.systemctl("enable", "--quiet", UNIT)
     return Installed(ids, unit, changed)
