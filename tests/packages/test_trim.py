@@ -7,7 +7,7 @@ from zipfile import ZipFile
 import pytest
 
 from covey_device import trim
-from covey_packaging.target import TARGETS
+from covey_packaging.target import ROOT, TARGETS
 from covey_packaging.wheels import wheel_name
 
 
@@ -124,3 +124,10 @@ def test_a_venv_is_told_what_went(monkeypatch, capsys, place):
     trim.main()
     assert capsys.readouterr().out == f"0 MB that no device uses removed from {place}\n"
     assert not list(place.rglob("*.pyi"))
+
+
+def test_the_script_trims_before_it_compiles():
+    steps = (ROOT / "deploy" / "install.sh").read_text()
+    install, compile_ = steps.index('"$@" --only-binary'), steps.index("-m compileall")
+    assert install < steps.index("-m covey_device.trim") < compile_
+    assert "--no-compile" in steps[:install]  # what goes is not compiled first
