@@ -79,7 +79,8 @@ def run(config_path: Path, verbose: bool) -> None:
     """Serve until stopped: check in to rounds, train, send masked updates."""
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(message)s",
+        # The journal notes the time itself.
+        format="%(message)s" if "JOURNAL_STREAM" in os.environ else "%(asctime)s %(message)s",
         datefmt="%H:%M:%S",
     )
     as_owner(config_path)
