@@ -17,6 +17,13 @@ CHI2_001 = {19: 43.82, 29: 58.30, 39: 72.05, 189: 256.6}
 """Quantiles 0.999 of the chi-square distribution, by degrees of freedom (any table has them)."""
 
 
+@pytest.fixture(autouse=True)
+def no_disk_waits(monkeypatch):
+    """Thousands of files are synced here, none of which has to outlive the power."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    monkeypatch.setattr(os, "fdatasync", lambda fd: None)
+
+
 def chi_square(counts, expected):
     return float(((counts - expected) ** 2 / expected).sum())
 
@@ -129,8 +136,6 @@ def test_the_test_of_uniformity_can_fail():
 def test_uniform_across_restarts_rewrites_and_deleted_shards(tmp_path, monkeypatch):
     """On the disk, opened anew for each shard, and written anew as often as can be."""
     monkeypatch.setattr(reservoir, "SLACK_BYTES", -200)
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-    monkeypatch.setattr(os, "fdatasync", lambda fd: None)
     rng, runs, capacity, n = np.random.default_rng(3), 160, 5, 20
     counts = np.zeros(n)
     rewrites = 0
@@ -151,11 +156,7 @@ def test_uniform_across_restarts_rewrites_and_deleted_shards(tmp_path, monkeypat
     assert statistic < CHI2_001[19]
 
 
-def test_a_smaller_sample_is_uniform_too_and_a_larger_one_says_why_not(
-    tmp_path, monkeypatch, caplog
-):
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-    monkeypatch.setattr(os, "fdatasync", lambda fd: None)
+def test_a_smaller_sample_is_uniform_too_and_a_larger_one_says_why_not(tmp_path, caplog):
     rng, runs, n = np.random.default_rng(9), 300, 30
     counts = np.zeros(n)
     for run in range(runs):
@@ -333,8 +334,6 @@ def test_bytes_written_per_shard(tmp_path, monkeypatch):
         return write(fd, part, at)
 
     monkeypatch.setattr(os, "pwrite", counted)
-    monkeypatch.setattr(os, "fdatasync", lambda fd: None)
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
     monkeypatch.setattr(reservoir, "SLACK_BYTES", 0)
     sample = Reservoir(tmp_path / "r.log", 2000, np.random.default_rng(4))
     features, labels = np.zeros((20, 98), np.float32), np.zeros(20, np.int64)

@@ -713,6 +713,26 @@ def test_the_oldest_shards_are_deleted_if_the_owner_says_so(make_home, caplog, s
         assert len({n // 4 for n in numbers(source)} - {5, 6, 7}) > 0
 
 
+def test_what_is_deleted_was_taken_and_is_on_the_disk(make_home, monkeypatch):
+    home, events = make_home(select="reservoir", max_shards=1), []
+    for number in range(3):
+        home.put(f"{number}.npz", npz(4 * number))
+    sync, unlink = os.fdatasync, os.unlink
+
+    def synced(fd):
+        sync(fd)
+        events.append("sync")
+
+    def unlinked(name, **more):
+        unlink(name, **more)
+        events.append(name)
+
+    monkeypatch.setattr(os, "fdatasync", synced)
+    monkeypatch.setattr(os, "unlink", unlinked)
+    home.open()
+    assert events == ["sync", "0.npz", "1.npz"]  # once for all that a round takes in
+
+
 def test_without_limits_nothing_is_ever_deleted(make_home, monkeypatch):
     monkeypatch.setattr(retention, "delete", None)
     home = make_home(max_examples=3)
