@@ -64,7 +64,7 @@ class CacheConfig(Config, frozen=True):
 
 class ModelConfig(Config, frozen=True):
     """[model]: what the fleet has learned, kept for this device's own applications. directory: where; without
-    one, `model` beside the state directory. hook: a command and its arguments, run on a new model for
+    one, `model` beside `state`. hook: a command and its arguments, run on a new model for
     hook_seconds at most."""
 
     keep: bool = True
@@ -91,7 +91,10 @@ class DeviceConfig(Config, frozen=True):
 
     def model_directory(self, base: Path) -> Path:
         """Where the model is kept for this device's own applications. base: device.toml's folder."""
-        return base / (self.model.directory or Path(self.state).parent / "model")
+        beside = Path(self.state).parent
+        if beside.name == "state":  # which is the device's alone; `join` names one in it for each enrolment
+            beside = beside.parent
+        return base / (self.model.directory or beside / "model")
 
 
 class LimitsConfig(Config, frozen=True):

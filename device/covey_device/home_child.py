@@ -89,7 +89,8 @@ def main() -> None:
         header = decode_header(source.read(request.header_bytes))
         graph = source.read(request.graph_bytes)
         parameters = np.frombuffer(source.read(), "<f4").astype(np.float32, copy=False)
-    with contextlib.suppress(OSError):  # a filter of the unit's may forbid it, whose priority is that already
+    # The unit's filter forbids it, whose priority is that already.
+    with contextlib.suppress(OSError):
         os.nice(19)
     most = file_bytes(request.header_bytes, request.graph_bytes, parameters.nbytes)
     confine(request.resident_bytes, request.seconds, files=FILES, file_bytes=most)

@@ -30,7 +30,6 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from covey_device.files import write_durably
 from covey_shared import keys, wire
 from covey_shared.errors import (
     ConfigError,
@@ -382,14 +381,17 @@ class ModelDirectory:
                 return sidecar
 
     def note(self, name: str, data: bytes | None) -> None:
-        """Have a few bytes outlive this process, for this device alone; None: remove them. Raises
-        StorageError."""
+        """Have a few bytes outlive this process; None: remove them. Raises StorageError."""
+        path, fresh = self.path / name, self.path / f".{name}.new"
         with self._failing("written"):
             if data is None:
-                (self.path / name).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
                 return
             self._make(self.path.parent, self.path)
-        write_durably(self.path / name, data)
+            fresh.unlink(missing_ok=True)
+            _write(fresh, data)
+            fresh.replace(path)
+            _sync(self.path)
 
     def noted(self, name: str) -> bytes | None:
         """What was noted, if it can be read."""

@@ -315,7 +315,9 @@ def test_the_owners_record_counts_what_is_asked_for_between_rounds(tmp_path: Pat
             last = asked.count(run.model_digest)  # told with the next round, if they came late
             told = sum(entry["requests"] for entry in ended)
             assert len(asked) - last <= told <= len(asked)
-            assert wants(fleet, seat.name).count(model_hashes(fleet)[2]) > 0  # asked for after round 1
+            assert (
+                wants(fleet, seat.name).count(model_hashes(fleet)[2]) > 0
+            )  # asked for after round 1
 
     go(scenario())
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 
 from covey_device import home as home_module
+from covey_device.config import DeviceConfig
 from covey_device.home import Home
 from covey_device.home_child import Request, file_bytes
 from covey_device.home_export import UnfitError, exported
@@ -36,6 +38,7 @@ from covey_device.home_files import (
 )
 from covey_device.policy import Policy
 from covey_shared import keys, wire
+from covey_shared.config import parse
 from covey_shared.errors import (
     ConfigError,
     CoveyError,
@@ -286,7 +289,7 @@ def test_files_are_for_the_group_to_read_whatever_the_umask(directory: ModelDire
         "kept/00000001/model.onnx": 0o640,
         "kept/00000001/model.json": 0o640,
         "kept/00000001/plan.json": 0o640,
-        "wanted": 0o600,
+        "wanted": 0o640,
     }
     assert stat.S_IMODE(directory.path.stat().st_mode) == 0o750
 
@@ -389,6 +392,12 @@ def test_a_call_alone_vouches_for_what_it_begins_with():
     source = vouched(call(5).envelope, None, TRUST)
     assert source.model == hashlib.sha256(b"4").digest()
     assert source.key < vouched(call(5).envelope, result(5).envelope, TRUST).key
+    other = keys.SigningKey(bytes(range(2, 34)))
+    for forged in (None, result(5).envelope):
+        with pytest.raises(SignatureError):
+            vouched(wire.sign(call(5).message, other).envelope, forged, TRUST)
+    with pytest.raises(SignatureError):
+        vouched(call(5).envelope, wire.sign(result(5).message, other).envelope, TRUST)
     with pytest.raises(RefusedError, match="two rounds"):
         vouched(call(5).envelope, result(6).envelope, TRUST)
     with pytest.raises(RefusedError, match="two rounds"):
@@ -698,3 +707,38 @@ def test_whatever_goes_wrong_the_next_model_has_its_turn(
         running.cancel()
 
     go(scenario())
+
+
+# -- where -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "chosen", "where"),
+    [
+        ("state", "", "/etc/covey/model"),
+        ("state/farm.pi-1", "", "/etc/covey/model"),
+        ("/var/lib/covey-device/state/farm.pi-1", "", "/var/lib/covey-device/model"),
+        ("memory/pi", "", "/etc/covey/memory/model"),
+        ("state", 'directory = "elsewhere"', "/etc/covey/elsewhere"),
+        ("state", 'directory = "/run/model"', "/run/model"),
+    ],
+)
+def test_the_directory_lies_beside_the_state(state: str, chosen: str, where: str):
+    """And not in it: it is for others to read."""
+    text = f"""
+fleet = "farm"
+device = "pi-1"
+state = {json.dumps(state)}
+[broker]
+url = "mqtt://127.0.0.1"
+[trust]
+fleet_ca = "{"0" * 64}"
+coordinator = "{"0" * 64}"
+[data]
+kind = "npz"
+file = "x.npz"
+[model]
+{chosen}
+"""
+    config = parse(text, DeviceConfig, file="device.toml")
+    assert config.model_directory(Path("/etc/covey")) == Path(where)

@@ -27,8 +27,16 @@ COORDINATOR = "/etc/systemd/system/covey-coordinator.service"
 
 LINKS = ("/usr/local/bin/covey-device", "/usr/local/bin/covey")
 
-OF_DEVICE = ("device.toml", "device.toml.*", "policy.toml", "enrolment-*", ".joining-*", "state")
-"""In /etc/covey. The last three are of devices that were enrolled without a service."""
+OF_DEVICE = (
+    "device.toml",
+    "device.toml.*",
+    "policy.toml",
+    "enrolment-*",
+    ".joining-*",
+    "state",
+    "model",
+)
+"""In /etc/covey. The last four are of devices that were enrolled without a service."""
 
 UNREACHABLE = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")  # noqa: S108
 """What the unit hides from the service: ProtectHome=, PrivateTmp=."""
