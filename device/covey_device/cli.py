@@ -148,7 +148,7 @@ async def _serve(config_path: Path) -> None:
         service = assemble(parts)
         service.give_back = give_back
         service.on_policy = bound_to_policy
-        log.info("%s: %s", parts.config.device, bound_to_policy(parts.policy.current))
+        bounds = bound_to_policy(parts.policy.current)
         config = parts.config
         supervised = Supervised(service, supervisor())
         stop = asyncio.Event()
@@ -162,6 +162,7 @@ async def _serve(config_path: Path) -> None:
             "%s of fleet %s: broker %s; Ctrl-C stops",
             config.device, config.fleet, parse_broker_url(config.broker.url),
         )  # fmt: skip
+        log.info("%s: %s", config.device, bounds)
         for concern in concerns(parts, time.time()):
             log.warning("%s: %s", config.device, concern)
         await supervised.run(stop, f"starts; broker {parse_broker_url(config.broker.url)}")

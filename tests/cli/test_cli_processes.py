@@ -197,7 +197,8 @@ def test_a_device_without_a_broker_keeps_trying_and_stops_at_once(
 ):
     child = device(start, 1)
     child.until(r"(?s)(pi-1: no broker at 127\.0\.0\.1:\d+: .*next try in [\d.]+ s.*){3}")
-    for line in child.lines[1:]:
+    assert "pi-1: memory: at most " in child.lines[1]
+    for line in child.lines[2:]:
         assert re.fullmatch(
             r"\d\d:\d\d:\d\d pi-1: no broker at 127\.0\.0\.1:\d+: connection refused; is it running\?; "
             r"next try in [\d.]+ s",
