@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from covey_device import config as configuration
+from covey_device.ceiling import CONTROLLER_FIX
 from covey_device.cli import main
 from covey_device.installation import service
 from covey_device.installation.joining import join
@@ -315,6 +316,17 @@ def test_install_service_says_what_comes_next(
     assert first.output.splitlines()[0] == f"unit: {root / UNIT}, written"
     assert second.output.splitlines()[0] == f"unit: {root / UNIT}, as it was"
     assert "next: sudo covey-device join TOKEN" in second.output
+
+
+@pytest.mark.parametrize(("controllers", "told"), [("cpu io pids", True), ("cpu memory", False)])
+def test_a_memory_controller_that_is_off_is_told_with_its_fix(
+    machine: Machine, root: Path, monkeypatch: pytest.MonkeyPatch, controllers: str, told: bool
+):
+    monkeypatch.setattr(service, "program", lambda: COMMAND)
+    groups = root / "sys/fs/cgroup"
+    groups.mkdir(parents=True)
+    (groups / "cgroup.controllers").write_text(f"{controllers}\n")
+    assert (CONTROLLER_FIX in command(machine, "install-service").output) is told
 
 
 def test_a_failing_command_is_one_line(machine: Machine, tools: Tools, monkeypatch):

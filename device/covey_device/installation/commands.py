@@ -73,6 +73,7 @@ def join(
         if done.copied is not None:
             click.echo(f"data: copied to {done.copied}, as the service reads no home directory")
         click.echo(f"service: {done.unit.name}, enabled{' and started' if done.started else ''}")
+        _tell_controller(machine)
         if not done.joined.data_there:
             click.echo(f"next: put the data into {done.joined.data}, or set [data]")
         click.echo(
@@ -86,6 +87,17 @@ def join(
     if supervised:
         click.echo(
             "it runs while you run it; joined with sudo, it would be a service that starts at boot"
+        )
+
+
+def _tell_controller(machine: "Machine") -> None:
+    """Stock Raspberry Pi OS is without."""
+    from covey_device.ceiling import CONTROLLER_FIX, memory_controller
+
+    if memory_controller(machine.root) is False:
+        click.echo(
+            "note: this kernel's memory controller is off; LimitDATA holds all the same, and for MemoryMax: "
+            f"{CONTROLLER_FIX}"
         )
 
 
@@ -117,6 +129,7 @@ def install_service(context: click.Context) -> None:
     machine = _machine(context)
     installed = service.install(machine)
     click.echo(f"unit: {installed.unit}{', written' if installed.changed else ', as it was'}")
+    _tell_controller(machine)
     if not machine.path(str(service.CONFIG)).exists():
         click.echo("next: sudo covey-device join TOKEN, with a line from `covey device token`")
     elif not machine.offline:
