@@ -1,6 +1,10 @@
 """Trees of devices, each made once for all tests of a worker."""
 
+import fcntl
+import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +43,28 @@ def tree_of(tmp_path_factory, locked_wheels) -> Callable[..., Tree]:
 
 
 @pytest.fixture(scope="session")
-def covey_wheel(tmp_path_factory):
+def once(tmp_path_factory):
+    """Makes a file in a folder that all workers share, if none of them has; the others wait for it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def made(name: str, make: Callable[[Path], Path]) -> Path:
+        place = folder / name
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not place.exists():
+                with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                    made = make(Path(temporary))
+                    place.mkdir()
+                    made.rename(place / made.name)
+        (found,) = place.iterdir()
+        return found
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def covey_wheel(once):
     """The wheel of this checkout."""
-    return build_covey(tmp_path_factory.mktemp("covey-wheel"))
+    return once("covey-wheel", build_covey)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 from email.parser import Parser
+from functools import partial
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -27,8 +28,13 @@ def copier(wheel: Path):
     return lambda folder: Path(shutil.copy(wheel, folder))
 
 
+def build(wanted, folder: Path) -> Path:
+    """Make a target's package."""
+    return deb.build_deb(folder, release=wanted.release.name, arch=wanted.arch)
+
+
 @pytest.fixture(scope="module")
-def packages(tmp_path_factory, locked_wheels, covey_wheel):
+def packages(once, locked_wheels, covey_wheel):
     """A package for this kind of machine, and one for another."""
     for tool in ("dh", "dpkg-buildpackage", "readelf"):
         if shutil.which(tool) is None:
@@ -40,8 +46,7 @@ def packages(tmp_path_factory, locked_wheels, covey_wheel):
         made = {}
         for wanted in (BOOKWORM, TRIXIE):
             locked_wheels(wanted)
-            folder = tmp_path_factory.mktemp("debs")
-            made[wanted] = deb.build_deb(folder, release=wanted.release.name, arch=wanted.arch)
+            made[wanted] = once(f"deb-{wanted.name}", partial(build, wanted))
         yield made
 
 
