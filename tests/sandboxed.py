@@ -63,8 +63,7 @@ def allowed_calls(unit: Path) -> set[str]:
         if key == "SystemCallFilter":
             named = set().union(*map(calls_of, value.removeprefix("~").split()))
             calls = calls - named if value.startswith("~") else calls | named
-    # Those that systemd itself needs to start a program.
-    return calls | calls_of("@default") | {"execve"}
+    return calls | calls_of("@default")
 
 
 def filter_calls(unit: Path) -> None:

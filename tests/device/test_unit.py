@@ -112,7 +112,7 @@ def test_the_sandbox_holds():
     """A control: what the unit forbids fails here, too."""
     assert python(
         """
-import mmap, os, resource, socket
+import ctypes, mmap, os, resource, socket
 def tried(what):
     try:
         what()
@@ -126,9 +126,12 @@ print(tried(lambda: os.sched_setaffinity(0, {0})))
 print(tried(lambda: os.setpriority(os.PRIO_PROCESS, 0, 0)))
 print(tried(lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)))
 print(tried(lambda: socket.socket(socket.AF_INET).close()))
+both = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+kept = ctypes.CDLL(None).prctl(66, 0, 0, 0, 0) > 0  # PR_GET_MDWE, of Linux 6.3
+print(tried(lambda: mmap.mmap(-1, 4096, prot=both)) if kept else 13)
 print(resource.getrlimit(resource.RLIMIT_CORE)[0], oct(os.umask(0)))
 """
-    ) == ["2", "1", "1", "1", "1", "1", "0", "0", "0o77"]
+    ) == ["2", "1", "1", "1", "1", "1", "0", "13", "0", "0o77"]
 
 
 def test_a_trial_confines_itself_within_the_sandbox():
