@@ -181,7 +181,7 @@ FOUND_BY = {
     "the coordinator takes a round up with another manifest": (0, ""),
     "the coordinator takes a round up with another reveal key": (14, "sum and is abandoned"),
     "the coordinator adds an update again": (0, "has a wrong sum"),
-    "the coordinator does not settle its files": (2, "file of metrics"),
+    "the coordinator does not settle its files": (68, "file of metrics"),
     "the coordinator leaves masks of the dropped": (2, "has a wrong sum"),
     "the coordinator proposes a second view": (0, "two view proposals"),
     "the coordinator gives up on a full disk": (0, "the run fails"),
