@@ -111,11 +111,11 @@ class Settled:
         return sidecar
 
 
-def wants(fleet: Fleet, name: str) -> list[bytes]:
-    """Blobs that a device asked for, in order."""
+def wants(fleet: Fleet, name: str, log: list[tuple[str, str, bytes]] | None = None) -> list[bytes]:
+    """Blobs that a device asked for, in order. log: the part of the network's that is looked at."""
     return [
         wire.decode_as(WantBlob, payload).message.blob
-        for sender, topic, payload in fleet.network.log
+        for sender, topic, payload in (fleet.network.log if log is None else log)
         if sender == name and topic == TOPICS.outbox(name) and payload[1] == WantBlob.CODE
     ]
 
