@@ -16,7 +16,7 @@ MACHINE_SHARE = 0.75
 """Of the machine's memory, and no more, however much the policy allows."""
 
 LEAST_BYTES = 192 << 20
-"""With less there would be no training at all: an idle service has some 100 MB of data mapped, about half
+"""With less there would be no training at all: an idle service has some 130 MB of data mapped, about half
 of them resident."""
 
 CONTROLLER_FIX = (

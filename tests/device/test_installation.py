@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from covey_device import config as configuration
 from covey_device.ceiling import CONTROLLER_FIX
 from covey_device.cli import main
-from covey_device.installation import service
+from covey_device.installation import commands, service
 from covey_device.installation.joining import join
 from covey_device.installation.machine import (
     Machine,
@@ -305,6 +305,26 @@ def test_join_without_a_service_is_as_before(root: Path, tools: Tools, lab: Lab,
     assert result.output.splitlines()[-1].startswith("next: put the data into")
     assert "systemctl" not in result.output
     assert "sudo" not in result.output
+    assert not tools.ran
+
+
+@pytest.mark.parametrize(
+    ("systemd", "told"),
+    [(True, "joined with sudo, it would be a service"), (False, "no systemd runs here")],
+)
+def test_join_that_makes_no_service_says_how(
+    root: Path, tools: Tools, lab: Lab, monkeypatch: pytest.MonkeyPatch, systemd: bool, told: str
+):
+    if not systemd:
+        (root / "usr/lib/systemd/systemd").unlink()
+    config = root / "etc/covey/device.toml"
+    config.parent.mkdir()
+    monkeypatch.setattr(commands, "CONFIG", config)
+    token = lab.token(f"pi-{'not-root' if systemd else 'elsewhere'}").encode()
+    machine = Machine(root, tools, lambda: not systemd)
+    result = command(machine, "join", token, "--config", str(config))
+    assert result.exit_code == 0, result.output
+    assert told in result.output.splitlines()[-1]
     assert not tools.ran
 
 

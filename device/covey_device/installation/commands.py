@@ -64,8 +64,8 @@ def join(
     decoded = decode_token(token)
     expected = None if expect_ca is None else enrol.expected_ca(expect_ca)
     machine = _machine(context)
-    supervised = machine.has_systemd and config_path == CONFIG and not no_service
-    if supervised and machine.is_root():
+    wanted = config_path == CONFIG and not no_service
+    if wanted and machine.has_systemd and machine.is_root():
         from covey_device.installation import joining
 
         done = joining.join(machine, decoded, data=data, expect_ca=expected, force=force)
@@ -84,10 +84,12 @@ def join(
     _tell(joined, "for this user alone")
     there = "" if joined.data_there else f"put the data into {joined.data}, or set [data], then "
     click.echo(f"next: {there}covey-device run --config {joined.config}")
-    if supervised:
+    if wanted and machine.has_systemd:
         click.echo(
             "it runs while you run it; joined with sudo, it would be a service that starts at boot"
         )
+    elif wanted:
+        click.echo("no systemd runs here: have this machine start that command at boot")
 
 
 def _tell_controller(machine: "Machine") -> None:
