@@ -281,6 +281,16 @@ def test_memory_for_the_plan_is_asked_for_before_the_first_batch():
     assert round_.train(gate=host.care.gate(2)).stopped_by == "batches"
 
 
+def test_memory_that_runs_short_in_training_ends_it():
+    host = Host()
+    round_ = Round(host)
+    host.care.called(1)
+    round_.after = lambda batches: setattr(host, "readings", replace(COOL, memory_bytes=50_000_000))
+    assert round_.train().stopped_by == "host"
+    line = "50 MB of memory available, ended below 64 (host.min_memory_mb)"
+    assert host.told == [("ended early", line)]
+
+
 def test_a_batch_that_runs_for_long_is_given_up_for_heat():
     """By the thread that watches; the batches before it are a valid update."""
     host = Host()

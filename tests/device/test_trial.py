@@ -111,6 +111,27 @@ def test_other_limits_are_another_trial(tmp_path, children, given):
     assert len(children) == 2
 
 
+def test_what_a_plan_grew_by_is_remembered_as_its_need(tmp_path, children):
+    trials_in(tmp_path).of(*shipped("cnn")).load(1000)
+    held = [100 * MB]
+    again = Trials(tmp_path, lambda: Allowed(400 * MB, 30.0, 1), resident=lambda: held[0])
+    tried = again.of(*shipped("cnn"))  # after a restart
+    need = tried.need_bytes(32)
+    assert need is not None
+    assert MB < need < 200 * MB
+    held[0] += MB  # of which the process has taken this much since
+    assert tried.need_bytes(32) == need - MB
+    held[0] += 1000 * MB
+    assert tried.need_bytes(32) == 0
+    assert tried.need_bytes(300) is None  # not tried
+    remembered = json.loads((tmp_path / "trials.json").read_text())
+    for entry in remembered:
+        del entry["grown"]  # as an earlier release left it
+    (tmp_path / "trials.json").write_text(json.dumps(remembered))
+    assert tried.need_bytes(32) is None
+    assert len(children) == 1
+
+
 def test_another_onnxruntime_is_another_trial(tmp_path, children, monkeypatch):
     trials_in(tmp_path).of(*shipped()).load(8)
     monkeypatch.setattr(trials, "VERSION", "99.0")
