@@ -183,7 +183,8 @@ def test_a_service_tells_of_itself_and_a_program_has_its_say(
     assert "would train: yes: nothing speaks against it" in lines
 
     said = subprocess.run(
-        [sys.executable, str(EXAMPLE), "600", "the camera is in use", str(path)],
+        [sys.executable, str(EXAMPLE), "600", "the camera is in use", FILE],
+        cwd=path.parent,  # a socket's whole name has at most 108 bytes
         capture_output=True,
         text=True,
         timeout=60,
