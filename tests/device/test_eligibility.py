@@ -116,7 +116,7 @@ LINES = [
     ),
     (
         {"cpu": Pressure(45.0)},
-        {},
+        {"cpu_pressure": 80.0},
         {},
         "something waited for a processor 45% of the last 10 s, not (host.cpu_pressure) until below 40",
         "its host is busy",
@@ -185,7 +185,6 @@ def test_every_condition_has_its_line_and_its_words(readings, conditions, moment
     [
         ({"throttle_bits": THROTTLED, "under_voltage": True}, {"when_throttled": True}),
         ({"memory_bytes": 1_000}, {"min_memory_mb": 0}),
-        ({"cpu": Pressure(100.0)}, {"cpu_pressure": 0.0}),
         ({"memory": Pressure(100.0)}, {"memory_pressure": 0.0}),
         ({"io": Pressure(100.0)}, {"io_pressure": 0.0}),
         ({"on_battery": True}, {"on_battery": True}),
@@ -198,6 +197,11 @@ def test_each_condition_is_the_owners_to_drop(readings, conditions):
         assert verdict(Readings(**readings), HostConfig(**conditions), standing) == Verdict(
             State.GO
         )
+
+
+def test_a_busy_processor_is_the_owners_to_mind():
+    """Training has the lowest priority, and is most of what waits."""
+    assert verdict(Readings(cpu=Pressure(100.0))).state is State.GO
 
 
 def test_memory_that_runs_short_ends_training_as_a_pause_would_free_none():
@@ -307,7 +311,7 @@ class Band(RuleBasedStateMachine):
     def first(self, celsius: float, busy: float) -> None:
         self.now, self.standing = 0.0, Standing()
         self.celsius, self.busy = celsius, busy
-        self.conditions = HostConfig(max_pause_s=86_400.0)
+        self.conditions = HostConfig(max_pause_s=86_400.0, cpu_pressure=80.0)
         self.low = self.high = celsius  # since training last went on or paused
         self.busy_low = self.busy_high = busy
         self.was: State | None = None

@@ -40,11 +40,12 @@ def test_the_defaults_are_the_code_s():
         f"{host.min_memory_mb} MB and what the plan needs", "", f"below {host.min_memory_mb} MB"
     ]  # fmt: skip
     for what, bound in (
-        ("a processor", host.cpu_pressure),
         ("memory", host.memory_pressure),
         ("disks", host.io_pressure),
     ):
         assert row(f"waiting for {what}")[:2] == [f"below {bound / 2:g}%", f"from {bound:g}% on"]
+    assert host.cpu_pressure == 0
+    assert "0, the default: not looked at" in row("waiting for a processor")[1]
     assert host.max_pause_s == 120
     assert "`max_pause_s`, two minutes" in TEXT
     assert POLL_S == 2

@@ -45,7 +45,7 @@ class HostConfig(Config, frozen=True):
     stop_c: Celsius = 80.0
     when_throttled: bool = False
     min_memory_mb: Annotated[int, Meta(ge=0, le=1_000_000)] = 64
-    cpu_pressure: Percent = 80.0
+    cpu_pressure: Percent = 0.0
     memory_pressure: Percent = 20.0
     io_pressure: Percent = 80.0
     on_battery: bool = False
