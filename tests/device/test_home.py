@@ -391,6 +391,7 @@ def test_the_hook_is_run_on_each_new_model_and_told_which(
         ("import time; print('so far', flush=True); time.sleep(60)", "was ended after"),
         ("import sys; sys.exit(3)", "ended with status 3"),
         ("while True: print('x' * 100)", "was ended after"),
+        ("print('x' * 300_000)", "ended well"),
         (
             "import os, time\nif os.fork() == 0: time.sleep(60)\nelse: os._exit(0)",
             "ended well",
