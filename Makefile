@@ -47,12 +47,16 @@ demo: $(VENV)/.demo ## a fleet of simulated devices trains on real data (options
 	@$(BIN)/covey demo $(ARGS)
 
 .PHONY: test
-test: setup ## all tests but those marked slow
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
+test: setup ## all tests but those marked slow or arm64
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not arm64" $(ARGS)
 
 .PHONY: test-slow
 test-slow: setup ## the tests that take longer
 	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+.PHONY: arm64
+arm64: setup ## the device's package in aarch64 userlands of bookworm and trixie, under qemu
+	@$(BIN)/python -m pytest tests/arm64 -m arm64 $(ARGS)
 
 .PHONY: simulate
 simulate: setup ## both sides under made-up faults, each from a seed (SEEDS=10000, FIRST=0)
