@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from covey_coordinator.run import Run
-from covey_device import home as home_module
 from covey_device.cache import BlobCache
-from covey_device.home import Home
-from covey_device.home_export import Exported
-from covey_device.home_files import ModelDirectory, Sidecar, read_sidecar, verify
+from covey_device.home import keeper as home_module
+from covey_device.home.export import Exported
+from covey_device.home.files import ModelDirectory, Sidecar, read_sidecar, verify
+from covey_device.home.keeper import Home
 from covey_device.policy import Policy
 from covey_shared import wire
 from covey_shared.messages import RoundCall, WantBlob

@@ -16,8 +16,8 @@ from covey_device.budget import resident_bytes
 from covey_device.cache import RESERVE_BYTES, BlobCache
 from covey_device.config import BrokerConfig, DeviceConfig, PolicyFile
 from covey_device.data.config import CsvData, IdxData, NpyData, NpzData, PythonData, ShardsData
-from covey_device.home import Home
-from covey_device.home_files import ModelDirectory
+from covey_device.home.files import ModelDirectory
+from covey_device.home.keeper import Home
 from covey_device.host.care import Care, care_of
 from covey_device.host.port import FILE as SOCKET
 from covey_device.host.port import LocalPort, directory_of

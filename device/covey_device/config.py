@@ -92,7 +92,8 @@ class DeviceConfig(Config, frozen=True):
     def model_directory(self, base: Path) -> Path:
         """Where the model is kept for this device's own applications. base: device.toml's folder."""
         beside = Path(self.state).parent
-        if beside.name == "state":  # which is the device's alone; `join` names one in it for each enrolment
+        # That one is the device's alone; `join` names one in it for each enrolment.
+        if beside.name == "state":
             beside = beside.parent
         return base / (self.model.directory or beside / "model")
 

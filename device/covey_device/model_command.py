@@ -12,7 +12,7 @@ from covey_shared.errors import ConfigError, CoveyError
 
 if TYPE_CHECKING:
     from covey_device.config import DeviceConfig
-    from covey_device.home_files import ModelDirectory, Sidecar
+    from covey_device.home.files import ModelDirectory, Sidecar
 
 DEFAULT_CONFIG = Path("/etc/covey/device.toml")
 
@@ -49,7 +49,7 @@ def predict(
     if own and model_path is not None:
         raise click.UsageError("--own goes with the kept model, not with --model")
     config = _config(config_path, optional=model_path is not None)
-    from covey_device import predicting
+    from covey_device.home import predicting
 
     base = config_path.parent
     if model_path is not None:
@@ -90,7 +90,7 @@ def model() -> None:
 def show(config_path: Path, as_json: bool) -> None:
     """Show the current and the previous model: from which round, of which plan, its input and output."""
     directory = _directory(config_path)
-    from covey_device.home_files import CURRENT, PREVIOUS, read_sidecar
+    from covey_device.home.files import CURRENT, PREVIOUS, read_sidecar
 
     shown: dict[str, Any] = {}
     for link in (CURRENT, PREVIOUS):
@@ -116,8 +116,8 @@ def verify(config_path: Path) -> None:
     as_owner(config_path)
     directory = _directory(config_path)
     from covey_device import config as configuration
-    from covey_device.home_files import CURRENT, PREVIOUS
-    from covey_device.home_files import verify as verify_model
+    from covey_device.home.files import CURRENT, PREVIOUS
+    from covey_device.home.files import verify as verify_model
     from covey_device.keystore import load_identity
     from covey_device.renewal import trust_of
     from covey_shared.messages import DeviceId
@@ -158,7 +158,7 @@ def rollback(config_path: Path) -> None:
 def _directory(config_path: Path) -> "ModelDirectory":
     """Where models are kept. Raises ConfigError if there is none."""
     from covey_device import config as configuration
-    from covey_device.home_files import ModelDirectory, none_yet
+    from covey_device.home.files import ModelDirectory, none_yet
 
     config = configuration.load(config_path)
     directory = ModelDirectory(config.model_directory(config_path.parent), reserve_bytes=0)

@@ -38,7 +38,7 @@ from covey_device.blobs import BlobFetcher, Ranges
 from covey_device.cache import BlobCache
 from covey_device.config import PolicyConfig, PolicyFile
 from covey_device.footprint import ENGINE
-from covey_device.home import Home
+from covey_device.home.keeper import Home
 from covey_device.host.care import Care
 from covey_device.host.eligibility import State
 from covey_device.host.port import LocalPort

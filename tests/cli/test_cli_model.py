@@ -19,7 +19,7 @@ from covey_coordinator.config import BrokerConfig
 from covey_coordinator.fleet import FleetDirectory
 from covey_device.assembly import DeviceParts, load_device
 from covey_device.cli import main
-from covey_device.home_files import ModelDirectory, Sidecar, Vouched, sidecar_of
+from covey_device.home.files import ModelDirectory, Sidecar, Vouched, sidecar_of
 from covey_shared import messages, wire
 from covey_shared.layout import Flat
 from covey_shared.messages import DeviceId, ManifestDigest, RoundCall, RunId

@@ -17,8 +17,8 @@ import pytest
 
 from covey_coordinator.run import Run
 from covey_device.audit import lines_of
-from covey_device.home_files import Port, Sidecar, read_sidecar
-from covey_device.home_hook import run_hook
+from covey_device.home.files import Port, Sidecar, read_sidecar
+from covey_device.home.hook import run_hook
 from covey_device.policy import Policy
 from covey_shared import chunks, wire
 from covey_shared.messages import RoundCall

@@ -19,12 +19,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from covey_device import home as home_module
 from covey_device.config import DeviceConfig
-from covey_device.home import Home
-from covey_device.home_child import Request, file_bytes
-from covey_device.home_export import UnfitError, exported
-from covey_device.home_files import (
+from covey_device.home import keeper as home_module
+from covey_device.home.child import Request, file_bytes
+from covey_device.home.export import UnfitError, exported
+from covey_device.home.files import (
     CURRENT,
     PREVIOUS,
     ModelDirectory,
@@ -36,6 +35,7 @@ from covey_device.home_files import (
     verify,
     vouched,
 )
+from covey_device.home.keeper import Home
 from covey_device.policy import Policy
 from covey_shared import keys, wire
 from covey_shared.config import parse
@@ -473,7 +473,7 @@ def test_a_child_that_is_lost_costs_the_model_and_no_more(
     monkeypatch: pytest.MonkeyPatch, program: str, problem: str
 ):
     """onnxruntime may do anything with a graph: the service sees a process end."""
-    from covey_device import home_export
+    from covey_device.home import export as home_export
 
     real = home_export.subprocess.Popen
     children = []
@@ -496,7 +496,7 @@ def test_the_child_gives_up_what_it_does_not_need():
 
     program = """
 import os, resource, sys
-from covey_device import home_child
+from covey_device.home import child as home_child
 def answer(output, header, graph, parameters):
     limits = [resource.getrlimit(kind)[1] for kind in
               (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE, resource.RLIMIT_CORE)]
@@ -523,9 +523,7 @@ def test_the_service_does_not_load_onnxruntime_for_it():
     import subprocess
     import sys
 
-    program = (
-        "import sys, covey_device.home; print('onnxruntime' in sys.modules, 'numpy' in sys.modules)"
-    )
+    program = "import sys, covey_device.home.keeper; print('onnxruntime' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )

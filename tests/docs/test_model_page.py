@@ -8,8 +8,8 @@ import msgspec
 from covey_coordinator.blobs import LINGER_S
 from covey_device.cache import RESERVE_BYTES
 from covey_device.config import ModelConfig
-from covey_device.home_files import CURRENT, KEPT, MODEL, PLAN, PREVIOUS, SIDECAR, Sidecar
-from covey_device.home_hook import MAX_LINES, environment
+from covey_device.home.files import CURRENT, KEPT, MODEL, PLAN, PREVIOUS, SIDECAR, Sidecar
+from covey_device.home.hook import MAX_LINES, environment
 from covey_shared.config import parse
 
 ROOT = Path(__file__).parents[2]

@@ -21,9 +21,9 @@ from covey_coordinator.daemon import Daemon
 from covey_coordinator.fleet import FleetDirectory
 from covey_coordinator.queueing import queue_run
 from covey_coordinator.store import FILE, RunDirectory, Store
-from covey_device import home
 from covey_device.assembly import assemble, load_device
-from covey_device.home_files import ModelDirectory, verify
+from covey_device.home import keeper as home
+from covey_device.home.files import ModelDirectory, verify
 from covey_device.service import DeviceService
 from covey_shared import wire
 from covey_shared.errors import CoveyError

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from covey_device.home_files import MODEL, SIDECAR, Sidecar
+from covey_device.home.files import MODEL, SIDECAR, Sidecar
 
 log = logging.getLogger("covey.device")
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import msgspec
 
 from covey_device.confine import minimal_environment
-from covey_device.home_child import Answer, Request, Written
+from covey_device.home.child import Answer, Request, Written
 from covey_shared.errors import TrainingError
 
 POLL_S = 0.03
@@ -57,7 +57,7 @@ async def exported(
         del graph, parameters, part, rest
         # No preexec_fn: between fork and exec there may be no Python, since there are threads.
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "covey_device.home_child"],
+            [sys.executable, "-P", "-m", "covey_device.home.child"],
             stdin=source,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -20,7 +20,7 @@ from covey_device.data import open_source
 from covey_device.data.config import CsvData, NpzData
 from covey_device.data.files import map_npy
 from covey_device.data.fit import Fit, Range
-from covey_device.home_files import (
+from covey_device.home.files import (
     CURRENT,
     ModelDirectory,
     none_yet,

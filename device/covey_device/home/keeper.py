@@ -3,9 +3,8 @@
 Which model that is, the coordinator says in two messages that it signs, and nobody else can: a call names a
 plan and the model that a round begins with; the round's result names the model that it led to. Both reach
 every device that is connected, chosen for the round or not. The model itself and the plan's graph for
-inference are fetched by their hashes, put together in a child process (`home_export`) and kept
-(`home_files`); then the owner's hook is run. All of it is beside the rounds: they never wait for it, and it
-never fails one.
+inference are fetched by their hashes, put together in a child process (`export`) and kept (`files`); then
+the owner's hook is run. All of it is beside the rounds: they never wait for it, and it never fails one.
 
 Rounds are counted upwards over the whole fleet, so an old call or result that a broker plays back is seen to
 be old: nothing before the newest model that was kept here is taken.
@@ -25,8 +24,8 @@ from typing import Protocol
 import msgspec
 
 from covey_device.blobs import BlobFetcher
-from covey_device.home_export import UnfitError, exported
-from covey_device.home_files import (
+from covey_device.home.export import UnfitError, exported
+from covey_device.home.files import (
     CURRENT,
     PREVIOUS,
     ModelDirectory,
@@ -37,7 +36,7 @@ from covey_device.home_files import (
     sidecar_of,
     vouched,
 )
-from covey_device.home_hook import run_hook
+from covey_device.home.hook import run_hook
 from covey_device.policy import Policy
 from covey_shared.errors import (
     CoveyError,

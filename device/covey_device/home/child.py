@@ -1,6 +1,6 @@
 """Puts a model's parameters into its graph, in a process that may be lost.
 
-``python -m covey_device.home_child``, started by `home_export`. Reads a request from its standard input, has
+``python -m covey_device.home.child``, started by `export`. Reads a request from its standard input, has
 onnxruntime write one ONNX file into the descriptor that it was given, runs that once on an example of zeros,
 and says on its standard output how it went. If onnxruntime crashes, allocates without end or never comes
 back, this process ends, and the service that asked goes on.
