@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from covey_coordinator.moments import moment
 from covey_coordinator.options import fleet_option
 
 
@@ -242,11 +243,6 @@ def device_renew(name: str, fleet_dir: Path) -> None:
         click.echo(f"{name} is offline; it is asked when it is back")
     else:
         click.echo(f"{name} is asked to renew; covey device show {name} tells whether it did")
-
-
-def moment(unix: float) -> str:
-    """A time for people, in UTC."""
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(unix))
 
 
 def _day(unix: int) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from covey_coordinator.config import load_fleet
-from covey_coordinator.device_command import moment
 from covey_coordinator.devices import DeviceRecord
 from covey_coordinator.fleet import DeviceEntry, FleetDirectory
+from covey_coordinator.moments import moment
 from covey_coordinator.phases import Phase
 from covey_coordinator.status import Status, read_status
 from covey_coordinator.store import FILE, DeviceRound, RunDirectory, RunRecord, Sighting, Store

@@ -84,7 +84,7 @@ def rounds_list(name: str | None, as_is: bool, fleet_dir: Path) -> None:
 def rounds_show(index: int, name: str | None, as_is: bool, fleet_dir: Path) -> None:
     """Everything that is known of a round. ROUND is its number within the run, as `covey run` prints it."""
     from covey_coordinator.config import load_fleet
-    from covey_coordinator.device_command import moment
+    from covey_coordinator.moments import moment
     from covey_coordinator.operating import chosen_run, find_round, shown, store_of
     from covey_coordinator.runs_view import as_json, open_round, round_json, round_rows
     from covey_coordinator.status import read_status

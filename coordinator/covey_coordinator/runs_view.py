@@ -7,8 +7,8 @@ import msgspec
 from rich.table import Table
 
 from covey_coordinator.config import RunConfig, load
-from covey_coordinator.device_command import moment
 from covey_coordinator.explaining import declines
+from covey_coordinator.moments import moment
 from covey_coordinator.status import Status
 from covey_coordinator.store import OpenRound, Progress, RoundRecord, RunRecord
 from covey_shared.errors import ConfigError
