@@ -17,15 +17,16 @@ class TlsFiles:
     key: Path
 
 
-def make_tls_files(directory: Path) -> TlsFiles:
-    """Made with the openssl command, so that no private key lies in the repository."""
+def make_tls_files(directory: Path, *, plain: bool = False) -> TlsFiles:
+    """Made with the openssl command, so that no private key lies in the repository. plain: as that makes
+    them by itself, without saying what the keys are for."""
     if shutil.which("openssl") is None:
         missing("openssl is not installed: apt install openssl")
     files = TlsFiles(directory / "ca.crt", directory / "server.crt", directory / "server.key")
     ca_key, names = directory / "ca.key", "subjectAltName=IP:127.0.0.1,DNS:localhost"
     # Python 3.13 believes no certificate of an authority, as openssl makes them here, that does not say
     # what its key is for.
-    usage = ("-addext", "keyUsage=critical,digitalSignature,keyCertSign,cRLSign")
+    usage = () if plain else ("-addext", "keyUsage=critical,digitalSignature,keyCertSign,cRLSign")
     _openssl("/CN=test authority", *usage, "-keyout", ca_key, "-out", files.authority)
     _openssl(
         *("/CN=localhost", *usage, "-addext", names, "-CA", files.authority, "-CAkey", ca_key),
