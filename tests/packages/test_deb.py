@@ -177,6 +177,7 @@ def index_hosts() -> set[str]:
     return {host.rpartition("@")[2] for host in found if "." in host} | {"pypi.org", "pythonhosted"}
 
 
+@pytest.mark.slow
 def test_it_comes_out_the_same_again(packages, tmp_path, monkeypatch, covey_wheel):
     """At another time, in another place and time zone, with nothing unpacked yet, and a stricter umask."""
     monkeypatch.setattr(tree, "build_covey", copier(covey_wheel))
