@@ -106,6 +106,8 @@ benchmarks: setup ## the benchmarks, with their bounds
 	@$(BIN)/python benchmarks/manifest.py
 	@$(BIN)/python benchmarks/join.py
 	@$(BIN)/python benchmarks/transcript.py
+	@$(BIN)/python benchmarks/device_footprint.py
+	@$(BIN)/python benchmarks/coordinator_footprint.py
 
 .PHONY: soak
 soak: setup ## 500 rounds with 20 devices in one go: what every process holds after each (ARGS="--rounds 100")

@@ -42,7 +42,8 @@ IDLE_CORE = 0.001
 START_S = 1.5
 MLP_ADDS_MB = 20.0
 STARTS = 5
-SETTLE_S = 4.0
+SETTLE_S = 10.0
+"""After a round, in which its model is put together and memory is given back: work, not idleness."""
 
 COMPILE = """
 import sys
@@ -143,7 +144,11 @@ def command(package: str, *arguments: object) -> list[str]:
 def process(arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Running within; ended with SIGTERM."""
     with log.open("wb") as output:
-        child = subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT)
+        # Whether this machine is fit to train now is no question here.
+        environment = os.environ | {"COVEY_HOST_ROOT": os.devnull}
+        child = subprocess.Popen(
+            arguments, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
     try:
         yield child
     finally:
@@ -333,10 +338,7 @@ def main(peers: int, idle: float, flower: bool, json_path: Path | None) -> None:
                     bounded("idle, after the CNN's rounds", status(pid, "VmRSS"), "MB", IDLE_MB)
                 )
                 rows.append(bounded("idle, of a core", 100 * core, "%", 100 * IDLE_CORE))
-                if os.environ.get("COVEY_SMAPS"):
-                    Path(os.environ["COVEY_SMAPS"]).write_text(
-                        Path(f"/proc/{pid}/smaps").read_text()
-                    )
+                rows.append(Row("of that, anonymous", status(pid, "RssAnon"), "MB", "", True))
             torch_mb = torch_peak_mb(Path(folder))
             rows.append(Row("the same training in torch, nothing else", torch_mb, "MB", "", True))
             rows.append(Row("torch / covey-device", torch_mb / peak, "x", "", True))
