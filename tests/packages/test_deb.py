@@ -169,12 +169,17 @@ def test_nothing_in_it_knows_where_it_was_made(packages):
 
 
 def index_hosts() -> set[str]:
-    """The hosts that this machine's pip fetches from."""
+    """The hosts that this machine's pip fetches from, and those it would by itself."""
+    from pip._internal.models.index import PyPI
+
     command = [sys.executable, "-m", "pip", "config", "list"]
     told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     told += "\n".join(value for name, value in os.environ.items() if name.startswith("PIP_"))
     found = {part.partition("/")[0] for part in told.replace("'", "/").split("://")[1:]}
-    return {host.rpartition("@")[2] for host in found if "." in host} | {"pypi.org", "pythonhosted"}
+    return {host.rpartition("@")[2] for host in found if "." in host} | {
+        PyPI.netloc,
+        PyPI.file_storage_domain,
+    }
 
 
 @pytest.mark.slow
