@@ -583,11 +583,13 @@ def device_toml(
     }
     if "broker" in old:
         broker["keepalive_s"] = old["broker"]["keepalive_s"]
+    owners: dict[str, Any] = {name: old[name] for name in ("cache", "model") if name in old}
     return table | {
         "broker": broker,
         "enrol": {"host": token.host, "port": token.port},
         "trust": {"fleet_ca": trust.fleet_ca.hex(), "coordinator": trust.coordinator.hex()},
         "data": source,
+        **owners,
     }
 
 

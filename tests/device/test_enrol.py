@@ -244,13 +244,16 @@ def test_force_keeps_what_is_the_owner_s(lab: Lab, config: Path, names: Iterator
     )
     text = text.replace("[enrol]", "keepalive_s = 33\n[enrol]")
     data = '[data]\nkind = "csv"\nfile = "a.csv"\nlabels = ["y", "z"]\nscale = "1/255"\n'
-    config.write_text(text + data)
+    own = '[cache]\nmax_mb = 7\n\n[model]\nhook = ["/bin/true", "a b"]\nhook_seconds = 5.0\n'
+    config.write_text(text + data + own)
     before = config.read_text()
     joined = join(lab.token(name, again=True), config, force=True)
     new = tomllib.loads(config.read_text())
     assert new["policy"] == "my.toml"
     assert new["broker"]["keepalive_s"] == 33
     assert new["data"].items() >= tomllib.loads(data)["data"].items()
+    for name, table in tomllib.loads(own).items():
+        assert new[name].items() >= table.items()
     assert new["state"] == tomllib.loads(before)["state"]  # the same name: nothing is forgotten
     assert joined.kept is not None
     assert joined.kept.read_text() == before
