@@ -47,6 +47,7 @@ from covey_shared.messages import Certificate, DeviceId
 from covey_shared.mqtt import BrokerUrl, MqttTransport, parse_broker_url
 from covey_shared.secagg.cohort import Trust
 from covey_shared.topics import Topics
+from covey_shared.transport import Incoming
 
 log = logging.getLogger("covey.fleet")
 
@@ -55,6 +56,8 @@ DEVICE = "device"
 CERTIFICATE_S = 86_400
 CONNECT_S = 20.0
 PRESENT_S = 60.0
+QUIET_S = 0.5
+"""For what a broker still has to work off."""
 
 BrokerChoice = Literal["auto", "embedded", "mosquitto"] | BrokerUrl
 FleetEvent = Moved | RoundOutcome | Progress | Vanished
@@ -200,17 +203,34 @@ class Fleet:
             raise TransportError(reasons[0])
 
     async def _clear_presence(self) -> None:
-        """Leave nothing at somebody else's broker."""
+        """Leave nothing at somebody else's broker.
+
+        A broker may acknowledge a device's last word and keep it only after it was cleared: whatever is
+        still said of a device is cleared again, until nothing was said for a while.
+        """
         transport = self.transport("cleaner", COORDINATOR)
+        spoken = asyncio.Event()
 
         async def nothing() -> None:
             pass
 
-        await transport.start(lambda message: None, nothing, lambda reason: None)
+        def heard(message: Incoming) -> None:
+            if message.payload:
+                spoken.set()
+
+        await transport.start(heard, nothing, lambda reason: None)
         try:
             async with asyncio.timeout(CONNECT_S):
-                for device in self.devices:
-                    await transport.publish(self.topics.presence(device), b"", retain=True)
+                await transport.subscribe(self.topics.presence("+"))
+                while True:
+                    spoken.clear()
+                    for device in self.devices:
+                        await transport.publish(self.topics.presence(device), b"", retain=True)
+                    try:
+                        async with asyncio.timeout(QUIET_S):
+                            await spoken.wait()
+                    except TimeoutError:
+                        return
         except TimeoutError:
             log.warning("the presence of fleet %s stays at the broker", self.name)
         finally:
