@@ -312,6 +312,7 @@ def test_killed_as_a_round_ends(
             await fleet.coordinator.start()
             ended = 1 if when == "after" else 0
             assert len(became(fleet, "pi-0")) == ended
+            await fleet.until(lambda: len(fleet.coordinator.registry.present) == len(fleet.seats))
             state = await fleet.play(fleet.run(config(rounds=2)))
             assert state.rounds_completed == 2
             for seat in fleet.seats:

@@ -569,7 +569,8 @@ def test_tls_needs_the_right_authority_and_the_right_name(tls_files: TlsFiles) -
 )
 def test_tls_where_none_is_spoken(answer: bytes | None, reason: str) -> None:
     async def scenario() -> None:
-        kept: list[asyncio.StreamWriter] = []  # one that is forgotten is closed, from Python 3.13 on
+        # One that is forgotten is closed, from Python 3.13 on.
+        kept: list[asyncio.StreamWriter] = []
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             kept.append(writer)
