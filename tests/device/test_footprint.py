@@ -1,12 +1,15 @@
 """What a device gives back while it rests, and that it goes on as before."""
 
 import asyncio
+import hashlib
 import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,6 +17,10 @@ from hypothesis import strategies as st
 
 from covey_device import service as device_service
 from covey_device.footprint import ENGINE, clean_mappings
+from covey_device.preparation import Preparation
+from covey_device.trainer import Work
+from covey_fleet.demo import PLANS
+from covey_shared.plan import plan_hash
 from memory_fleet import Fleet, config, go
 
 TESTS = str(Path(__file__).parents[1])
@@ -160,5 +167,76 @@ def test_a_device_rests_after_a_round_and_takes_part_in_the_next(
                 assert asked[1:] == [ENGINE] * (number + 1)
                 assert seat.made == number + 1
             assert len(fetched) == 3  # header, graph and model, and then nothing that was there
+
+    go(scenario())
+
+
+class Blobs:
+    """Both of the demo's plans and their first models."""
+
+    def __init__(self) -> None:
+        self.data: dict[bytes, bytes] = {}
+
+    def hold(self, digests: object) -> None:
+        pass
+
+    async def fetch(self, digest: bytes, size: int, *, limit: int) -> bytes:
+        return self.data[digest]
+
+    def call(self, name: str) -> Any:
+        folder = PLANS / name
+        header, model = (folder / "plan.json").read_bytes(), (folder / "initial.bin").read_bytes()
+        graph = (folder / "train.onnx").read_bytes()
+        plan, digest = plan_hash(header), hashlib.sha256(model).digest()
+        self.data |= {plan: header, digest: model, hashlib.sha256(graph).digest(): graph}
+        return SimpleNamespace(
+            plan=plan, plan_bytes=len(header), model=digest, model_bytes=len(model)
+        )
+
+
+def test_after_a_rest_it_is_the_called_plan_that_is_made_again():
+    """The graph that was kept is of one plan, and no other call is served with it."""
+    made: list[tuple[str, bytes]] = []
+
+    def make_trainer(header: Any, graph: bytes) -> Any:
+        made.append((header.name, hashlib.sha256(graph).digest()))
+        assert made[-1][1].hex() == header.train.sha256
+        return SimpleNamespace(refresh=lambda: None)
+
+    async def scenario() -> None:
+        blobs = Blobs()
+        limits = Work(100, 1, 10.0, 1 << 40)
+        preparation = Preparation(blobs, make_trainer, limits=limits, rng=os.urandom)  # type: ignore[arg-type]
+        for name in ("mlp", "mlp", "cnn", "mlp"):
+            header = await preparation.fetch(blobs.call(name))
+            assert header.name == f"digits-{name}"
+            assert preparation.plan is not None
+            assert preparation.plan[:2] == (blobs.call(name).plan, header)
+            preparation.rest(model=True)
+        assert [name for name, _ in made] == ["digits-mlp"] * 2 + ["digits-cnn", "digits-mlp"]
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_given_back_in_the_middle_of_a_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(device_service, "REST_AFTER_S", 0.01)
+
+    async def scenario() -> None:
+        async with Fleet(tmp_path) as fleet:
+            service = fleet.seats[0].service
+            given: list[int | None] = []
+
+            def give_back(library: str) -> None:
+                given.append(service._session.round_id)
+
+            playing = asyncio.create_task(fleet.play(fleet.run(config(rounds=1))))
+            await fleet.until(lambda: service._session.round_id is not None)
+            service._tired.set()
+            service._spawn(service._tasks, service._rest(give_back))
+            await playing
+            await fleet.until(lambda: bool(given))
+            assert given == [None] * len(given)
 
     go(scenario())

@@ -674,6 +674,30 @@ def test_the_next_call_does_not_put_off_what_the_last_result_led_to(
     go(scenario())
 
 
+def test_an_old_call_or_another_fleets_takes_the_place_of_none(directory: ModelDirectory):
+    """Whoever plays one back, or sends one that was signed for another fleet, would have this device miss
+    the result of the round that it knows of."""
+
+    async def scenario() -> None:
+        home = at_home(directory)
+        running = asyncio.create_task(home.run(Nothing(), lambda: 5))  # type: ignore[arg-type]
+        await asyncio.sleep(0.02)
+        home.heard(call(5))
+        for other in (call(4), call(5, plan=bytes(32)), call(6, fleet="other")):
+            home.heard(other)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert home._call is not None
+            assert home._call.envelope == call(5).envelope
+        home.heard(result(5))
+        await asyncio.sleep(0.02)
+        assert home._wanted is not None
+        assert home._wanted.key == (5, True)
+        running.cancel()
+
+    go(scenario())
+
+
 @pytest.mark.parametrize(
     "error", [OSError(errno.EAGAIN, "no process"), ValueError("a bug"), MemoryError()]
 )
